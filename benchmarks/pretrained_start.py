@@ -1,0 +1,116 @@
+"""Which start of (a, b) trains better from pretrained weights: the average or the least-squares fit?
+
+A baseline detector is trained on digit scenes (or found in --work-dir), then its replaced twin goes on from the
+baseline's weights as mmdet fine-tunes: BatchNorm in eval mode, a tenth of the learning rate. Every start gets the same
+data order per seed. Writes docs/results/pretrained_start.md.
+
+    python benchmarks/pretrained_start.py --seeds 3
+"""
+import argparse
+import statistics
+from pathlib import Path
+
+from mmdet.registry import HOOKS
+from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+import rl_mmdet  # noqa: F401
+from rl_mmdet.analysis import run_training
+from rl_mmdet.engine import add_rl_defaults_, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+BASELINE = ROOT / 'configs/digits/faster-rcnn_r34_fpn_digits.py'
+REPLACED = ROOT / 'configs/digits/faster-rcnn_rl-r34-k2_fpn_digits.py'
+STARTS = {
+    'baseline, nothing replaced': None,
+    'average': dict(pretrained='average'),
+    'least squares': dict(pretrained='least_squares'),
+    'average, statistics not recalibrated': dict(pretrained='average', recalibrate=False),
+    'least squares, statistics not recalibrated': dict(pretrained='least_squares', recalibrate=False),
+}
+
+
+@HOOKS.register_module()
+class EvaluateFirstHook(Hook):
+    """Evaluate once before the first step, after RecalibrateNormsHook has run."""
+    priority = 'VERY_LOW'
+
+    def before_train(self, runner: Runner) -> None:
+        runner.first_metrics = runner.val_loop.run()
+
+
+def fine_tune(start: dict | None, checkpoint: str, seed: int, iterations: int, work_dir: Path) -> dict[str, float]:
+    """Fine-tune once; AP before and after, mean loss over the first and the last 30 iterations."""
+    cfg = load_config(str(REPLACED if start else BASELINE), work_dir=str(work_dir))
+    if start:
+        cfg.model.backbone.replacement.fusion = dict(type='ScalarFusion', pretrained=start['pretrained'])
+    cfg.model.backbone.norm_eval = True
+    cfg.load_from = checkpoint
+    cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
+    cfg.train_dataloader.sampler = ConfigDict(type='InfiniteSampler', shuffle=True)
+    cfg.optim_wrapper.optimizer.lr *= 0.1
+    cfg.param_scheduler = None
+    cfg.default_hooks.checkpoint = ConfigDict(type='CheckpointHook', by_epoch=False, interval=10 * iterations,
+                                              save_last=False)
+    cfg.log_processor = ConfigDict(type='LogProcessor', by_epoch=False)
+    cfg.randomness = ConfigDict(seed=seed)
+    cfg.experiment_name = f'{work_dir.name}'
+    cfg.log_level = 'WARNING'
+    add_rl_defaults_(cfg)
+    if start and not start.get('recalibrate', True):
+        cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'RecalibrateNormsHook']
+    cfg.custom_hooks.append(ConfigDict(type='EvaluateFirstHook'))
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    losses = runner.message_hub.get_scalar('train/loss').data[0]
+    return dict(ap_before=runner.first_metrics['coco/bbox_mAP'], loss_first=float(losses[:30].mean()),
+                loss_last=float(losses[-30:].mean()),
+                ap_after=float(runner.message_hub.get_scalar('val/coco/bbox_mAP').current()))
+
+
+def report(results: dict[str, list[dict]], iterations: int, command: str) -> str:
+    """The results as a Markdown page."""
+    lines = ['# How should (a, b) start from pretrained weights?', '',
+             f'Made by `{command}`. Faster R-CNN, R-34 with 16 base channels, digit scenes, on a CPU; RL-v1, '
+             '`EveryKth(k=2)`, detached. The twin starts from the trained baseline and trains '
+             f'{iterations} more iterations with BatchNorm in eval mode. AP on val, losses on train; mean over '
+             f'{len(next(iter(results.values())))} seeds, ± standard deviation.', '',
+             '| start | AP before the first step | loss, first 30 | loss, last 30 | AP after |',
+             '|---|---|---|---|---|']
+    for name, runs in results.items():
+        cells = [_mean([run[key] for run in runs]) for key in ('ap_before', 'loss_first', 'loss_last', 'ap_after')]
+        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def _mean(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.
+    return f'{statistics.mean(values):.3f} ± {spread:.3f}'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--iterations', type=int, default=120)
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/pretrained_start'))
+    parser.add_argument('--out', type=Path, default=ROOT / 'docs/results/pretrained_start.md')
+    args = parser.parse_args()
+    baseline = args.work_dir / 'baseline'
+    command = [str(ROOT / 'tools/train.py'), str(BASELINE), '--work-dir', str(baseline), '--resume']
+    run_training(command, baseline, print)
+    checkpoint = (baseline / 'last_checkpoint').read_text().strip()
+    results: dict[str, list[dict]] = {name: [] for name in STARTS}
+    for seed in range(args.seeds):
+        for index, (name, start) in enumerate(STARTS.items()):
+            found = fine_tune(start, checkpoint, seed, args.iterations, args.work_dir / f'start{index}_seed{seed}')
+            results[name].append(found)
+            print(f'seed {seed}, {name}: {found}', flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(report(results, args.iterations, f'python benchmarks/pretrained_start.py --seeds {args.seeds} '
+                                                         f'--iterations {args.iterations}'))
+    print(args.out)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,122 @@
+"""Checkpoints: read them without running their code, and refuse what doesn't fit."""
+import os.path as osp
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import get_torch_safe_globals
+from torch import Tensor, nn
+
+from ..replacement import LoadReport, adapt_state_dict
+from .errors import UserError
+
+
+def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file as tensors and plain data, without unpickling code.
+
+    Args:
+        path: a local file, or anything MMEngine can fetch (``https://``, ``torchvision://``, ``open-mmlab://``).
+        allow_pickle: also read files that need code to be unpickled; only for files you trust.
+
+    Raises:
+        UserError: no such file, truncated, foreign, needs unpickling code, or can't be fetched.
+    """
+    if '://' in path:
+        return _fetch(path)
+    path = osp.expanduser(path)
+    if not osp.isfile(path):
+        raise UserError(f'{path}: there is no such checkpoint file')
+    try:
+        with torch.serialization.safe_globals(get_torch_safe_globals()):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        needs_code = re.search(r'GLOBAL (\S+)', str(error))
+        if needs_code and allow_pickle:
+            return torch.load(path, map_location='cpu', weights_only=False)
+        if needs_code:
+            raise UserError(f'{path}: reading it would run code ({needs_code[1]}); if you trust where it comes '
+                            'from, add --allow-pickle') from None
+        raise UserError(f'{path}: not a PyTorch checkpoint, or a truncated one') from None
+    except (EOFError, RuntimeError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines() or ['unexpected end']
+        raise UserError(f'{path}: truncated, or not a PyTorch checkpoint ({reason[0][:120]})') from None
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f'{path}: holds a {type(checkpoint).__name__}, not a state dict')
+    return checkpoint
+
+
+def state_dict_of(checkpoint: Mapping[str, Any], prefix: str = '') -> dict[str, Tensor]:
+    """The tensors of a checkpoint by key, without DDP's ``module.`` and below ``prefix``."""
+    tensors = checkpoint.get('state_dict', checkpoint)
+    prefix = prefix and prefix.rstrip('.') + '.'
+    found = {}
+    for key, value in tensors.items():
+        key = re.sub(r'^module\.', '', key)
+        if isinstance(value, Tensor) and key.startswith(prefix):
+            found[key[len(prefix):]] = value
+    return found
+
+
+def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: Sequence[str] = (),
+                     allow_pickle: bool = False) -> LoadReport:
+    """Compare a checkpoint with the model that is going to load it.
+
+    Explained, and therefore fine: removed blocks' weights (they initialise the computing layers), what lies beside
+    the model (an ImageNet classifier's ``fc``), and missing tensors of modules that ImageNet models never have
+    (DCN offsets, plugins).
+
+    Args:
+        model: the module whose keys the checkpoint (below ``prefix``) should have.
+        path, allow_pickle: as for :func:`read_checkpoint`.
+        ignore: regular expressions of keys to leave out on purpose.
+
+    Raises:
+        UserError: a tensor that is missing, left over or of another shape without explanation; the first are named.
+    """
+    tensors = state_dict_of(read_checkpoint(path, allow_pickle), prefix)
+    if not tensors:
+        raise UserError(f'{path}: holds no tensor' + (f' below {prefix!r}' if prefix else ''))
+    _, report = adapt_state_dict(model, tensors)
+    problems = _unexplained(model, report, ignore)
+    if problems:
+        more = f' and {len(problems) - 4} more' if len(problems) > 4 else ''
+        hint = ('it was saved from a model with another replacement; use the config it was trained with, or '
+                'materialize it first' if any(key.endswith('.coeff') for key in report.left_over)
+                else 'is it from another architecture? To leave tensors out on purpose, add --ignore-keys REGEX')
+        raise UserError(f'{path}: {len(problems)} tensors don\'t fit the model: '
+                        f'{"; ".join(problems[:4])}{more}. {hint}')
+    return report
+
+
+def _unexplained(model: nn.Module, report: LoadReport, ignore: Sequence[str]) -> list[str]:
+    roots = {name for name, _ in model.named_children()}
+    new = _modules_without_pretraining(model)
+    problems = {key: f'{key} has shape {old}, the model needs {own}' for key, (old, own) in report.mismatched.items()}
+    problems.update({key: f'{key} is missing' for key in report.missing if not key.startswith(new)})
+    problems.update({key: f'{key} has no place in the model'
+                     for key in report.left_over if key.split('.')[0] in roots})
+    return [text for key, text in problems.items() if not any(re.search(pattern, key) for pattern in ignore)]
+
+
+def _modules_without_pretraining(model: nn.Module) -> tuple[str, ...]:
+    """Key prefixes of deformable convolutions' offsets and of block plugins."""
+    names = []
+    for name, module in model.named_modules():
+        if name.endswith('conv_offset'):
+            names.append(f'{name}.')
+        for position in ('after_conv1', 'after_conv2', 'after_conv3'):
+            names += [f'{name}.{plugin}.' for plugin in getattr(module, f'{position}_plugin_names', [])]
+    return tuple(names)
+
+
+def _fetch(path: str) -> dict[str, Any]:
+    try:
+        return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+    except Exception as error:  # network, DNS, HTTP and hub errors come in every class
+        raise UserError(f'{path}: can\'t be fetched ({type(error).__name__}: {error}); download the file where there '
+                        'is a network and name it instead, e.g. --cfg-options '
+                        'model.backbone.init_cfg.checkpoint=FILE, or train from scratch with '
+                        'model.backbone.init_cfg=None') from None

@@ -1,0 +1,94 @@
+"""Configs: read one with its command-line options, and add what Replacement Learning needs where it is absent."""
+import os.path as osp
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from .errors import UserError
+
+LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
+CONSTRUCTOR = 'RLOptimWrapperConstructor'
+
+
+def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: str | None = None,
+                launcher: str = 'none') -> Config:
+    """Read a config file, apply ``--cfg-options`` and settle the work dir.
+
+    ``data_root=DIR`` among the options moves the whole config there: every dataset and evaluator path that began
+    with the config's own ``data_root`` begins with ``DIR`` afterwards.
+
+    Args:
+        path: config file.
+        options: overrides by dotted key.
+        work_dir: where to write; default the config's own, else ``./work_dirs/<config stem>``.
+        launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
+
+    Raises:
+        UserError: the file can't be read or parsed, or an option doesn't fit it.
+    """
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # mmengine raises whatever the config's own Python code raises
+        raise UserError(f'config {path}: {_first_line(error)}') from error
+    old_root = cfg.get('data_root')
+    try:
+        cfg.merge_from_dict(dict(options or {}))
+    except (AssertionError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f'--cfg-options: {_first_line(error)}') from error
+    if options and 'data_root' in options:
+        _move_data_root_(cfg, old_root, str(options['data_root']))
+    cfg.launcher = launcher
+    cfg.work_dir = work_dir or cfg.get('work_dir') or osp.join('work_dirs', osp.splitext(osp.basename(path))[0])
+    return cfg
+
+
+def add_rl_defaults_(cfg: Config) -> Config:
+    """Add, where they are absent, the hooks and the optimizer-wrapper constructor that RL training needs.
+
+    Every run gets ``FiniteLossHook``; a config with a ``replacement`` also ``RecalibrateNormsHook``, and
+    ``RLOptimWrapperConstructor`` in place of MMEngine's default one (another constructor is respected).
+    """
+    hooks = list(cfg.get('custom_hooks') or [])
+    wanted = ['FiniteLossHook']
+    if uses_replacement(cfg):
+        wanted.append('RecalibrateNormsHook')
+        wrapper = cfg.get('optim_wrapper')
+        if wrapper is not None and wrapper.get('constructor') in (None, 'DefaultOptimWrapperConstructor'):
+            wrapper.constructor = CONSTRUCTOR
+    present = {hook.get('type') for hook in hooks if isinstance(hook, Mapping)}
+    cfg.custom_hooks = hooks + [ConfigDict(type=name) for name in wanted if name not in present]
+    return cfg
+
+
+def uses_replacement(cfg: Config) -> bool:
+    """Whether any part of the model has a ``replacement`` setting."""
+    return any(node.get('replacement') is not None for node in nested_dicts(cfg.get('model') or {}))
+
+
+def nested_dicts(node: Any) -> Iterator[Mapping]:
+    """Every dict in a config value, from the outside in."""
+    if isinstance(node, Mapping):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from nested_dicts(child)
+
+
+def _move_data_root_(cfg: Config, old: str | None, new: str) -> None:
+    if not old:
+        raise UserError('--cfg-options data_root=...: the config has no top-level data_root to move; set the '
+                        "datasets' own data_root instead")
+    new = osp.join(osp.expanduser(new), '')
+    cfg.data_root = new
+    for key in LOADERS_AND_EVALUATORS:
+        for node in nested_dicts(cfg.get(key) or {}):
+            for name, value in node.items():
+                if isinstance(value, str) and value.startswith(old):
+                    node[name] = new + value[len(old):].lstrip('/')
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f'{type(error).__name__}: {text[0] if text else "no message"}'

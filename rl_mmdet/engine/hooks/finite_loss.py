@@ -1,0 +1,44 @@
+"""Stop at the first loss that isn't finite, before anything is saved."""
+import math
+
+import torch
+from mmdet.registry import HOOKS
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from ..errors import NonFiniteLossError
+
+
+@HOOKS.register_module()
+class FiniteLossHook(Hook):
+    """Stop training when a loss, or a weight about to be saved, isn't finite.
+
+    Every iteration is looked at, before the checkpoint, EMA and logger hooks see it, so the last good checkpoint
+    stays the last one. (:class:`mmdet.engine.CheckInvalidLossHook` looks at every 50th iteration's total.)
+
+    Raises:
+        NonFiniteLossError: names the iteration and the losses, or the weights, that aren't finite.
+    """
+    priority = 'VERY_HIGH'
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
+                         outputs: dict | None = None) -> None:
+        losses = {name: _number(value) for name, value in (outputs or {}).items()}
+        bad = [f'{name}={value}' for name, value in losses.items() if value is not None and not math.isfinite(value)]
+        if bad:
+            raise NonFiniteLossError(f'iteration {runner.iter + 1}: {", ".join(bad)}; nothing was saved. Lower the '
+                                     'learning rate, lengthen the warm-up or clip gradients '
+                                     '(optim_wrapper.clip_grad), then --resume from the last checkpoint')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        bad = [name for name, tensor in checkpoint['state_dict'].items()
+               if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+        if bad:
+            raise NonFiniteLossError(f'iteration {runner.iter}: the weights {", ".join(bad[:3])} aren\'t finite; '
+                                     'this checkpoint was not saved, the last one stays')
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.detach().item()
+    return value if isinstance(value, (int, float)) else None

@@ -1,0 +1,53 @@
+"""Fresh BatchNorm statistics for replaced blocks before the first step."""
+from collections.abc import Iterator
+
+import torch
+from mmdet.registry import HOOKS
+from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader, Subset
+
+from ...replacement import recalibrate_norms_, stale_norms
+
+
+@HOOKS.register_module()
+class RecalibrateNormsHook(Hook):
+    """Recalibrate the BatchNorm statistics of replaced blocks that were initialised from a baseline's weights.
+
+    mmdet trains with ``norm_eval=True``: without this a replaced block, whose weights are new, would run on the
+    removed block's statistics for the whole training. It happens once, after loading and before the first step;
+    a resumed run is left as it is. Under DDP every process sees its own batches and the statistics are averaged.
+
+    Args:
+        num_batches: batches of the training set per process, augmented as in training.
+
+    Raises:
+        ValueError: ``num_batches`` below 1.
+    """
+
+    def __init__(self, num_batches: int = 20) -> None:
+        if not isinstance(num_batches, int) or num_batches < 1:
+            raise ValueError(f'RecalibrateNormsHook: num_batches must be an integer of at least 1, got {num_batches!r}')
+        self.num_batches = num_batches
+
+    def before_train(self, runner: Runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        mode = model.training
+        model.train()
+        if stale_norms(model):
+            count = recalibrate_norms_(
+                model, self._batches(runner),
+                run=lambda batch: model.extract_feat(model.data_preprocessor(batch, True)['inputs']),
+                reduce=lambda tensor: all_reduce(tensor, op='mean'))
+            print_log(f'recalibrated {count} BatchNorms of replaced blocks on {self.num_batches} batches', 'current')
+        model.train(mode)
+
+    def _batches(self, runner: Runner) -> Iterator[dict]:
+        loader = runner.train_dataloader
+        size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
+        order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(runner.seed or 0))
+        mine = order[get_rank()::get_world_size()][:self.num_batches * size].tolist()
+        return iter(DataLoader(Subset(loader.dataset, mine), batch_size=size, collate_fn=loader.collate_fn))

@@ -1,0 +1,45 @@
+"""What the tools share: build a Runner that has been checked, and end with one clear line instead of a traceback."""
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from .errors import UserError
+
+
+def build_runner(cfg: Config, notes: Iterable[str] = ()) -> Runner:
+    """Build the config's runner and put ``notes`` (multi-line texts) at the top of its log."""
+    setup_cache_size_limit_of_dynamo()
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    for note in notes:
+        runner.logger.info(note)
+    return runner
+
+
+def tool(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate a tool's ``main``: a UserError ends it with one line on stderr and exit status 1, Ctrl-C with 130.
+
+    Of several processes only the first prints. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks.
+    """
+    @wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except (UserError, KeyboardInterrupt) as error:
+            if os.environ.get('RL_MMDET_TRACEBACK') == '1':
+                raise
+            interrupted = isinstance(error, KeyboardInterrupt)
+            if os.environ.get('RANK', '0') == '0':
+                sys.stderr.write('interrupted\n' if interrupted else f'error: {error}\n')
+            sys.exit(130 if interrupted else 1)
+    return run
+
+
+def set_local_rank(local_rank: int) -> None:
+    """Let a launcher that passes ``--local-rank`` count as one that sets the environment variable."""
+    os.environ.setdefault('LOCAL_RANK', str(local_rank))

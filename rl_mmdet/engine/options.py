@@ -1,0 +1,70 @@
+"""The tools' options, as changes of a config. Each checks that the config can take it."""
+import argparse
+from copy import deepcopy
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
+
+from .errors import UserError
+
+
+def enable_amp_(cfg: Config) -> None:
+    """``--amp``: automatic mixed precision with a dynamic loss scale."""
+    wrapper = cfg.get('optim_wrapper')
+    if wrapper is None or wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UserError(f'--amp: optim_wrapper.type must be OptimWrapper, got {wrapper and wrapper.type!r}')
+    wrapper.type = 'AmpOptimWrapper'
+    wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def enable_auto_scale_lr_(cfg: Config) -> None:
+    """``--auto-scale-lr``: scale the learning rate by batch size / ``auto_scale_lr.base_batch_size``."""
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise UserError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size; add '
+                        'auto_scale_lr=dict(base_batch_size=16), the batch size that its learning rate is for')
+    cfg.auto_scale_lr.enable = True
+
+
+def set_resume_(cfg: Config, source: str) -> None:
+    """``--resume [FILE]``: go on from ``FILE``, or for ``'auto'`` from the latest checkpoint in the work dir."""
+    cfg.resume = True
+    cfg.load_from = None if source == 'auto' else source
+
+
+def enable_visualization_(cfg: Config, args: argparse.Namespace) -> None:
+    """``--show`` and ``--show-dir``, through MMDetection's visualisation hook."""
+    try:
+        trigger_visualization_hook(cfg, args)
+    except RuntimeError as error:
+        raise UserError(f'--show: {error}') from error
+
+
+def enable_tta_(cfg: Config) -> None:
+    """``--tta``: wrap the model for test-time augmentation; without settings of its own, flip and merge by NMS."""
+    if 'tta_model' not in cfg:
+        cfg.tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5),
+                                                              max_per_img=100))
+    if 'tta_pipeline' not in cfg:
+        dataset = cfg.test_dataloader.dataset
+        while 'dataset' in dataset:
+            dataset = dataset['dataset']
+        meta = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+        flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
+        cfg.tta_pipeline = deepcopy(dataset.pipeline)
+        cfg.tta_pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [dict(type='PackDetInputs',
+                                                                                 meta_keys=meta)]])
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def check_out_file(path: str) -> None:
+    """``--out`` takes a pickle file."""
+    if not path.endswith(('.pkl', '.pickle')):
+        raise UserError(f'--out {path}: must end in .pkl or .pickle')
+
+
+def dump_predictions_(runner: Runner, path: str) -> None:
+    """``--out``: also dump the predictions for offline evaluation."""
+    runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=path))

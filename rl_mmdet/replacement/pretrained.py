@@ -1,0 +1,152 @@
+"""A baseline checkpoint into a replaced model: the removed blocks' weights become the fusions' starting values."""
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .computing_layer import ComputingLayer
+from .fusions import Fit, Pair
+
+logger = logging.getLogger('rl_mmdet')
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class LoadReport:
+    """What each tensor of a checkpoint was used for.
+
+    Args:
+        loaded: keys that are taken as they are.
+        fits: by computing layer, what the removed block's weights gave.
+        missing: keys the model needs and the checkpoint lacks.
+        left_over: keys of the checkpoint that nothing in the model takes.
+        mismatched: by key, the shape in the checkpoint and the shape in the model.
+    """
+    loaded: list[str] = field(default_factory=list)
+    fits: dict[str, Fit] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Four lines: loaded, used for initialisation, missing, left over."""
+        fits = ', '.join(f'{name} (a, b) = {_numbers(fit.parameters)}' for name, fit in self.fits.items())
+        left = self.left_over + [f'{key} {old} instead of {new}' for key, (old, new) in self.mismatched.items()]
+        return '\n'.join([
+            f'loaded: {len(self.loaded)} tensors',
+            f'used for initialisation: {len(self.fits)} removed blocks' + (f': {fits}' if fits else ''),
+            f'missing: {_first(self.missing)}',
+            f'left over: {_first(left)}'])
+
+
+def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str = '') -> tuple[dict, LoadReport]:
+    """Translate a baseline's state dict for a replaced model.
+
+    The weights of a removed block leave the state dict; in their place come the starting values of its computing
+    layer's parameters, fitted by the fusion. A state dict of the replaced model itself passes unchanged.
+
+    Args:
+        model: a model with or without computing layers.
+        state_dict: tensors by key; not changed.
+        prefix: what the model's keys begin with in ``state_dict``.
+
+    Returns:
+        The translated state dict, and the report on it (its names come without the prefix).
+    """
+    adapted = dict(state_dict)
+    report = LoadReport()
+    for name, layer in _computing_layers(model):
+        fit = _fit(model, name, layer, state_dict, prefix)
+        if fit is None:
+            continue
+        report.fits[name] = fit
+        for tensor_name, shape in layer.shapes.items():
+            given = adapted.pop(f'{prefix}{name}.{tensor_name}', None)
+            if given is not None and given.shape != shape:
+                report.mismatched[f'{name}.{tensor_name}'] = (tuple(given.shape), tuple(shape))
+        for parameter, value in fit.parameters.items():
+            adapted[f'{prefix}{name}.{parameter}'] = value
+    _compare(model, adapted, prefix, report)
+    return adapted, report
+
+
+def add_pretrained_hook(model: nn.Module) -> None:
+    """From now on loading a baseline's state dict into ``model`` also initialises its computing layers."""
+    remove_pretrained_hook(model)
+    model.register_load_state_dict_pre_hook(_initialise_on_load)
+
+
+def remove_pretrained_hook(model: nn.Module) -> None:
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, wrapped in hooks.items() if getattr(wrapped, 'hook', None) is _initialise_on_load]:
+        del hooks[key]
+
+
+def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+    """Load hook: translate the state dict in place before any tensor of ``module`` is read from it.
+
+    It runs for torch's ``load_state_dict`` as for mmengine's, which walks the modules one by one and gives each
+    only its own keys; the hook therefore sits on the module that holds all the neighbours.
+    """
+    adapted, report = adapt_state_dict(module, state_dict, prefix)
+    for name, layer in _computing_layers(module):
+        layer.norm_stale = name in report.fits
+    if report.fits:
+        for line in str(report).splitlines():
+            logger.info('%s', line)
+    state_dict.clear()
+    state_dict.update(adapted)
+
+
+def _computing_layers(model: nn.Module) -> Iterable[tuple[str, ComputingLayer]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, ComputingLayer)]
+
+
+def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[str, Any], prefix: str) -> Fit | None:
+    """Fit one layer's fusion to the removed block's tensors, None if the state dict has none of them.
+
+    Tensors that the state dict lacks for the block or a neighbour are left out of the fit: an ImageNet model has
+    no deformable convolution's offsets, for instance.
+    """
+    names = {id(module): module_name for module_name, module in model.named_modules()}
+    before, after = names[id(layer.before)], names[id(layer.after)]
+
+    def look_up(block: str, tensor: str) -> Tensor | None:
+        value = state_dict.get(f'{prefix}{block}.{tensor}')
+        return value if isinstance(value, Tensor) and value.shape == layer.shapes[tensor] else None
+
+    targets: dict[str, Tensor] = {}
+    pairs: dict[str, Pair] = {}
+    for tensor, (in_before, in_after) in layer.sources.items():
+        target = look_up(name, tensor)
+        pair = (look_up(before, tensor) if in_before else None, look_up(after, tensor) if in_after else None)
+        if target is not None and any(side is not None for side in pair):
+            targets[tensor], pairs[tensor] = target, pair
+    return layer.fusion.fit(targets, pairs) if targets else None
+
+
+def _compare(model: nn.Module, state_dict: dict[str, Any], prefix: str, report: LoadReport) -> None:
+    own = model.state_dict()
+    for key, value in own.items():
+        given = state_dict.get(prefix + key)
+        if given is None:
+            if not key.endswith('num_batches_tracked'):
+                report.missing.append(key)
+        elif given.shape != value.shape:
+            report.mismatched[key] = (tuple(given.shape), tuple(value.shape))
+        else:
+            report.loaded.append(key)
+    report.left_over.extend(key[len(prefix):] for key in state_dict
+                            if key.startswith(prefix) and key[len(prefix):] not in own)
+
+
+def _first(keys: list[str], count: int = 5) -> str:
+    more = f' and {len(keys) - count} more' if len(keys) > count else ''
+    return ', '.join(keys[:count]) + more if keys else 'nothing'
+
+
+def _numbers(parameters: dict[str, Tensor]) -> str:
+    return ', '.join(str([round(x, 3) for x in value.flatten()[:4].tolist()]) for value in parameters.values())

@@ -1,0 +1,56 @@
+"""Where plans, fusions and operators are named, and how a config becomes one of them."""
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.registry import Registry
+
+PLANS = Registry('plan', scope='rl_mmdet')
+FUSIONS = Registry('fusion', scope='rl_mmdet')
+OPERATORS = Registry('operator', scope='rl_mmdet')
+
+
+def build_part(registry: Registry, cfg: Any, default: str) -> Any:
+    """Build one part of a replacement config, with errors that name the setting and what is allowed.
+
+    Args:
+        registry: ``PLANS``, ``FUSIONS`` or ``OPERATORS``.
+        cfg: ``dict(type=NAME, **arguments)``, an object that is ready (returned as it is), or None for the
+            default.
+        default: the type to use when ``cfg`` is None or names none.
+
+    Raises:
+        TypeError: ``cfg`` is neither a dict nor an object of a registered class.
+        ValueError: unknown type, unknown or missing argument, or a value that the class refuses.
+    """
+    setting = f'replacement.{registry.name}'
+    classes = registry.module_dict
+    if cfg is None:
+        cfg = {}
+    if isinstance(cfg, tuple(classes.values())):
+        return cfg
+    if not isinstance(cfg, Mapping):
+        raise TypeError(f'{setting} must be a dict such as dict(type={default!r}), got {cfg!r}')
+    arguments = dict(cfg)
+    name = arguments.pop('type', default)
+    cls = name if name in classes.values() else classes.get(name)
+    if cls is None:
+        raise ValueError(f'{setting}: unknown type {name!r}; allowed: {", ".join(sorted(classes))}')
+    return build_with(cls, arguments, setting)
+
+
+def build_with(cls: type, arguments: dict, setting: str) -> Any:
+    """Call ``cls(**arguments)`` after checking the arguments' names against its signature."""
+    allowed = list(inspect.signature(cls).parameters.values())
+    names = [parameter.name for parameter in allowed]
+    for key in arguments:
+        if key not in names:
+            raise ValueError(f'{setting}: {cls.__name__} has no argument {key!r}; '
+                             f'allowed: {", ".join(names) or "none"}')
+    for parameter in allowed:
+        if parameter.default is parameter.empty and parameter.name not in arguments:
+            raise ValueError(f'{setting}: {cls.__name__} needs the argument {parameter.name!r}')
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f'{setting}: {error}') from None

@@ -1,0 +1,90 @@
+"""What was replaced, by whom, and why other blocks were not."""
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .chain import Chain
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One block of one chain.
+
+    Args:
+        chain: name of the chain; ``index`` counts from 0 in it.
+        name: qualified name of the block.
+        kind: class name of the block.
+        parameters: number of its own parameters (of the removed ones for a replaced block).
+        replaced: whether a computing layer stands there.
+        before, after: names of the nearest kept blocks that it takes its weights from.
+        reason: why it can't be replaced, None if it can.
+    """
+    chain: str
+    index: int
+    name: str
+    kind: str
+    parameters: int
+    replaced: bool = False
+    before: str | None = None
+    after: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ReplacementReport:
+    """Every block of every chain, in the model's order, with what was done to it.
+
+    Args:
+        rows: one per block.
+        settings: plan, fusion, operator and gradient, as text.
+        learnable: number of parameters that all computing layers together own.
+    """
+    rows: tuple[BlockRow, ...]
+    settings: dict[str, str] = field(default_factory=dict)
+    learnable: int = 0
+
+    @property
+    def replaced(self) -> dict[str, list[int]]:
+        """The choice, as the ``Blocks`` plan takes it."""
+        choice: dict[str, list[int]] = {}
+        for row in self.rows:
+            if row.replaced:
+                choice.setdefault(row.chain, []).append(row.index)
+        return choice
+
+    @property
+    def removed_parameters(self) -> int:
+        """Number of parameters that the replaced blocks gave up."""
+        return sum(row.parameters for row in self.rows if row.replaced)
+
+    def __str__(self) -> str:
+        count = sum(row.replaced for row in self.rows)
+        head = (f'{count} of {len(self.rows)} blocks replaced by computing layers: '
+                f'{self.removed_parameters:,} parameters removed, {self.learnable:,} added')
+        lines = [f'  {row.name} ({row.kind}): ' + _describe(row) for row in self.rows]
+        return '\n'.join([head, *lines])
+
+
+def _describe(row: BlockRow) -> str:
+    if row.replaced:
+        return f'replaced, from {row.before} and {row.after}'
+    return 'kept' if row.reason is None else f'kept, can\'t be replaced: {row.reason}'
+
+
+def describe_blocks(chains: dict[str, Chain], choice: dict[str, list[int]]) -> tuple[BlockRow, ...]:
+    """The rows of a report for ``choice``, taken before any block is touched."""
+    rows = []
+    for name, chain in chains.items():
+        chosen = choice.get(name, [])
+        for index, block in enumerate(chain.blocks):
+            row = dict(chain=name, index=index, name=chain.block_name(index), kind=type(block).__name__,
+                       parameters=_count(block), reason=chain.why_not(index))
+            if index in chosen:
+                before, after = chain.neighbours(index, chosen)
+                row.update(replaced=True, before=chain.block_name(before), after=chain.block_name(after))
+            rows.append(BlockRow(**row))
+    return tuple(rows)
+
+
+def _count(block: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in block.parameters())

@@ -1,0 +1,40 @@
+"""The house: imports go downward only, and the method stands on torch and MMEngine's Registry alone."""
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).resolve().parent.parent
+METHOD = ROOT / 'rl_mmdet' / 'replacement'
+
+
+def imported_modules(file):
+    """Absolute names of the modules that a file imports, at its top or inside its functions."""
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules.add(node.module)
+    return modules
+
+
+def test_import_contracts_are_kept(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    status = lint_imports(no_cache=True)
+    assert status == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize('file', sorted(METHOD.glob('**/*.py')), ids=lambda file: file.stem)
+def test_method_imports_torch_and_the_registry_only(file):
+    others = {name for name in imported_modules(file) if name.split('.')[0] not in sys.stdlib_module_names}
+    if file == METHOD / 'registry.py':
+        others.discard('mmengine.registry')
+    assert {name for name in others if name.split('.')[0] != 'torch'} == set()
+
+
+@pytest.mark.parametrize('file', sorted((ROOT / 'rl_mmdet').rglob('*.py')), ids=lambda file: file.stem)
+def test_library_does_not_import_scripts_or_tests(file):
+    assert not {name.split('.')[0] for name in imported_modules(file)} & {'tools', 'tests', 'configs'}

@@ -1,0 +1,132 @@
+"""The tools as a user calls them, on a tiny detector."""
+import glob
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl_mmdet.engine import build_model, load_config
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run a tool in this process; returns its exit status and what it wrote to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(tool, *args):
+        monkeypatch.setattr(sys, 'argv', [str(TOOLS / tool), *map(str, args)])
+        try:
+            runpy.run_path(str(TOOLS / tool), run_name='__main__')
+        except SystemExit as stop:
+            return stop.code or 0, capsys.readouterr()
+        return 0, capsys.readouterr()
+    return call
+
+
+def scalars(work_dir):
+    """All logged training and evaluation numbers of a work dir, in order."""
+    files = sorted(glob.glob(f'{work_dir}/*/vis_data/scalars.json'))
+    return [json.loads(line) for file in files for line in open(file)]
+
+
+def log(work_dir):
+    return '\n'.join(Path(file).read_text() for file in sorted(glob.glob(f'{work_dir}/*/*.log')))
+
+
+def test_train_from_a_pretrained_backbone_then_test_and_resume(run, tiny_config, tmp_path):
+    baseline = build_model(load_config(tiny_config('atss_r34_fpn_digits.py')))
+    torch.save(baseline.backbone.state_dict(), tmp_path / 'backbone.pth')
+    init = f"dict(type='Pretrained', checkpoint='{tmp_path}/backbone.pth')"
+    config = tiny_config(more='model = dict(backbone=dict(base_channels=4, norm_eval=True, '
+                              f'init_cfg={init}), neck=dict(in_channels=[4, 8, 16, 32]))')
+    status, _ = run('train.py', config, '--work-dir', 'work', '--cfg-options', 'experiment_name=first')
+    assert status == 0
+    text = log('work')
+    for line in ('loaded: ', 'used for initialisation: 5 removed blocks', 'missing: ', 'left over: '):
+        assert line in text
+    assert 'recalibrated 10 BatchNorms' in text
+    assert 'Epoch(val) [1][1/1]' in text
+
+    status, _ = run('test.py', config, 'work/epoch_1.pth', '--work-dir', 'test', '--out', 'predictions.pkl')
+    assert status == 0
+    assert Path('predictions.pkl').is_file()
+
+    status, _ = run('train.py', config, '--work-dir', 'work', '--resume', '--cfg-options', 'train_cfg.max_epochs=2',
+                    'experiment_name=second')
+    assert status == 0
+    assert Path('work/epoch_2.pth').is_file()
+    assert log('work').count('recalibrated') == 1
+    assert [entry['epoch'] for entry in scalars('work') if 'loss' in entry][-1] == 2
+
+
+def test_train_stops_at_a_non_finite_loss_and_saves_nothing(run, tiny_config):
+    config = tiny_config(more="optim_wrapper = dict(clip_grad=None, optimizer=dict(_delete_=True, type='SGD', "
+                              "lr=1e30))\nparam_scheduler = None\ndefault_hooks = dict(checkpoint=dict("
+                              "by_epoch=False, interval=1))")
+    status, captured = run('train.py', config, '--work-dir', 'work', '--cfg-options', 'experiment_name=diverge')
+    assert status == 1
+    assert 'Traceback' not in captured.err
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith('error: iteration ')
+    assert 'nan' in line or 'inf' in line
+    for file in glob.glob('work/*.pth'):
+        state = torch.load(file, weights_only=False)['state_dict']
+        assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+@pytest.mark.parametrize(('tool', 'more'), [('train.py', []), ('test.py', ['weights.pth']), ('blocks.py', [])])
+def test_a_missing_config_is_one_line_without_traceback(run, tool, more):
+    status, captured = run(tool, 'nothing.py', *more)
+    assert status == 1
+    assert captured.err.startswith('error: config nothing.py')
+    assert 'Traceback' not in captured.err
+
+
+def test_train_with_a_wrong_plan_writes_nothing(run, tiny_config, tmp_path):
+    config = tiny_config()
+    status, captured = run('train.py', config, '--cfg-options', 'model.backbone.replacement.plan.k=1')
+    assert status == 1
+    assert 'k must be an integer of at least 2' in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == [Path(config).name]
+
+
+def test_test_with_a_missing_checkpoint(run, tiny_config):
+    status, captured = run('test.py', tiny_config(), 'nothing.pth')
+    assert status == 1
+    assert 'nothing.pth: there is no such checkpoint file' in captured.err
+
+
+def test_test_refuses_another_kind_of_out_file(run, tiny_config):
+    status, captured = run('test.py', tiny_config(), 'nothing.pth', '--out', 'predictions.json')
+    assert status == 1
+    assert '.pkl' in captured.err
+
+
+def test_blocks_lists_every_block_with_neighbours_and_reasons(run, tiny_config):
+    status, captured = run('blocks.py', tiny_config())
+    assert status == 0
+    assert captured.out.count('BasicBlock') == 16
+    assert 'layer3.2, layer3.4' in captured.out
+    assert 'no kept block after it' in captured.out
+
+
+def test_blocks_of_a_baseline_shows_what_could_be_replaced(run, tiny_config):
+    status, captured = run('blocks.py', tiny_config('atss_r34_fpn_digits.py'))
+    assert status == 0
+    assert 'no replacement' in captured.out
+    assert 'replaced' not in captured.out.replace("can't be replaced", '').replace('can be replaced', '')
+
+
+def test_blocks_with_weights_shows_fit_residuals(run, tiny_config, tmp_path):
+    baseline = build_model(load_config(tiny_config('atss_r34_fpn_digits.py')))
+    baseline.init_weights()
+    torch.save(baseline.state_dict(), tmp_path / 'baseline.pth')
+    status, captured = run('blocks.py', tiny_config(), '--checkpoint', 'baseline.pth')
+    assert status == 0
+    rows = [line for line in captured.out.splitlines() if 'layer1.0, layer1.2' in line]
+    assert any(0 < float(cell) < 2 for cell in rows[0].split('│')[-3:-2])

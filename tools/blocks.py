@@ -1,0 +1,31 @@
+"""Show the blocks of a config's backbone: kept or replaced, by which neighbours, or why not."""
+import argparse
+
+from mmengine.config import DictAction
+from rich.console import Console
+
+from rl_mmdet import analysis, engine
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Show the blocks of a config\'s backbone')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--checkpoint', help='a baseline\'s weights: adds the fit residual of replaced blocks')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override settings of the config, e.g. model.backbone.replacement.plan.k=2')
+    parser.add_argument('--allow-pickle', action='store_true',
+                        help='read a checkpoint that needs code to be unpickled; only from sources you trust')
+    return parser.parse_args()
+
+
+@engine.tool
+def main() -> None:
+    args = parse_args()
+    cfg = engine.load_config(args.config, args.cfg_options)
+    table = analysis.block_table(cfg, args.checkpoint, args.allow_pickle)
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=160).print(table)
+
+
+if __name__ == '__main__':
+    main()
