@@ -23,7 +23,7 @@ NAME = re.compile(
     r'_(coco|coco-subset|bccd|digits)\.py')                  # dataset
 DIFFERENCES = {'custom_imports', 'custom_hooks', 'model.backbone.type', 'model.backbone.replacement',
                'optim_wrapper.constructor'}
-# (depth, k, whether the first stage is frozen): blocks that every k-th means, in words of docs/method.md
+# What "every k-th block" means for (depth, k, whether the first stage is frozen)
 EXPECTED = {
     (34, 2, False): {'layer1': [1], 'layer2': [1], 'layer3': [1, 3], 'layer4': [1]},
     (50, 2, False): {'layer1': [1], 'layer2': [1], 'layer3': [1, 3], 'layer4': [1]},
@@ -34,7 +34,7 @@ EXPECTED = {
 }
 
 
-def name(path):
+def stem(path):
     return path.stem
 
 
@@ -79,7 +79,7 @@ def listed(folder):
     return re.findall(r'\]\(([^)/]+\.py)\)', (folder / 'README.md').read_text())
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=name)
+@pytest.mark.parametrize('path', CONFIGS, ids=stem)
 def test_config_has_a_model_data_and_a_schedule(path):
     cfg = load(path)
     for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator',
@@ -87,7 +87,7 @@ def test_config_has_a_model_data_and_a_schedule(path):
         assert key in cfg
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=name)
+@pytest.mark.parametrize('path', CONFIGS, ids=stem)
 def test_name_follows_the_convention(path):
     match = NAME.fullmatch(path.name)
     backbone = load(path).model.backbone
@@ -98,13 +98,13 @@ def test_name_follows_the_convention(path):
         assert backbone.replacement == dict(plan=dict(type='EveryKth', k=int(match['k'])))
 
 
-@pytest.mark.parametrize('path', REPLACED, ids=name)
+@pytest.mark.parametrize('path', REPLACED, ids=stem)
 def test_replaced_config_differs_from_its_baseline_only_in_the_replacement(path):
     ours, baseline = flat(load(path).to_dict()), flat(load(baseline_of(path)).to_dict())
     assert {key for key in ours | baseline if ours.get(key) != baseline.get(key)} == DIFFERENCES
 
 
-@pytest.mark.parametrize('path', REPLACED, ids=name)
+@pytest.mark.parametrize('path', REPLACED, ids=stem)
 def test_replaced_config_has_what_replacement_learning_needs(path):
     cfg = load(path)
     assert cfg.model.backbone.type == 'RLResNet'
@@ -112,14 +112,14 @@ def test_replaced_config_has_what_replacement_learning_needs(path):
     assert [hook.type for hook in cfg.custom_hooks] == ['RecalibrateNormsHook', 'FiniteLossHook']
 
 
-@pytest.mark.parametrize('path', REPLACED, ids=name)
+@pytest.mark.parametrize('path', REPLACED, ids=stem)
 def test_backbone_replaces_every_kth_block(path):
     backbone = load(path).model.backbone
     key = backbone.depth, backbone.replacement.plan.k, backbone.frozen_stages >= 1
     assert report(path).replaced == EXPECTED[key]
 
 
-@pytest.mark.parametrize('path', OWN_DATA, ids=name)
+@pytest.mark.parametrize('path', OWN_DATA, ids=stem)
 def test_data_root_is_the_one_place_that_says_where_the_data_are(path):
     cfg = load(path)
     for phase in ('train', 'val', 'test'):

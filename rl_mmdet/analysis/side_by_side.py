@@ -1,4 +1,6 @@
 """A baseline and its replaced twin: trained one after the other, evaluated, tabulated side by side."""
+import contextlib
+import io
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -48,7 +50,8 @@ class Comparison:
 
     def table(self) -> Table:
         """The figures side by side."""
-        table = Table(title='baseline and Replacement Learning, side by side')
+        table = Table(title='baseline and Replacement Learning, side by side',
+                      caption='seconds in all depend on what else ran; seconds per step were taken in turn')
         table.add_column('')
         for name in self.outcomes:
             table.add_column(name, justify='right')
@@ -87,14 +90,15 @@ def compare_side_by_side(configs: Mapping[str, str], train_tool: str, work_dir: 
             for name, path in configs.items()}
     costs = {}
     for name, path in configs.items():
-        say(f'{name}: training {path}')
+        say(f'{name}: training {path} (its start takes some 20 s, and once the making of the data)')
         command = [train_tool, path, '--work-dir', cfgs[name].work_dir, '--resume']
         costs[name] = run_training(command, Path(cfgs[name].work_dir), lambda line, name=name: say(f'{name}: {line}'))
     outcomes, runners = {}, {}
     for name, cfg in cfgs.items():
         say(f'{name}: evaluating the last checkpoint')
         runner = runners[name] = _load_trained(cfg)
-        metrics = runner.test()
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            metrics = runner.test()
         model = runner.model
         outcomes[name] = Outcome(metrics['coco/bbox_mAP'], metrics['coco/bbox_mAP_50'],
                                  sum(p.numel() for p in model.parameters() if p.requires_grad), costs[name],
@@ -103,8 +107,9 @@ def compare_side_by_side(configs: Mapping[str, str], train_tool: str, work_dir: 
     say('drawing detections')
     _draw(picture, runners)
     say('measuring steps, alternating')
-    return Comparison(outcomes, alternate_steps({name: _step(runner) for name, runner in runners.items()}),
-                      str(picture))
+    with contextlib.redirect_stdout(io.StringIO()):
+        steps = {name: _step(runner) for name, runner in runners.items()}
+    return Comparison(outcomes, alternate_steps(steps), str(picture))
 
 
 def _load_trained(cfg: Config) -> Runner:
@@ -127,7 +132,7 @@ def _step(runner: Runner) -> Callable[[], object]:
 
 
 @torch.no_grad()
-def _draw(path: Path, runners: Mapping[str, Runner], count: int = 4, score: float = 0.3) -> None:
+def _draw(path: Path, runners: Mapping[str, Runner], count: int = 4, score: float = 0.4) -> None:
     dataset = next(iter(runners.values())).test_dataloader.dataset
     chosen = sorted(random.Random(0).sample(range(len(dataset)), min(count, len(dataset))))
     classes = dataset.metainfo['classes']

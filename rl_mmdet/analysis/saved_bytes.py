@@ -1,0 +1,27 @@
+"""What autograd keeps for the backward pass."""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes of distinct storages that ``forward`` keeps for backward, the model's own state excluded.
+
+    Args:
+        model: its parameters and buffers are there anyway and don't count.
+        forward: runs the model once with gradients on.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()  # kept until all is counted: a freed storage's address may come back
+    del outputs
+    return sum(kept.values())
