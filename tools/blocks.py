@@ -1,20 +1,15 @@
 """Show the blocks of a config's backbone: kept or replaced, by which neighbours, or why not."""
 import argparse
 
-from mmengine.config import DictAction
 from rich.console import Console
 
 from rl_mmdet import analysis, engine
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Show the blocks of a config\'s backbone')
-    parser.add_argument('config', help='config file')
+    parser = argparse.ArgumentParser(description='Show the blocks of a config\'s backbone',
+                                     parents=[engine.config_arguments()])
     parser.add_argument('--checkpoint', help='a baseline\'s weights: adds the fit residual of replaced blocks')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config, e.g. model.backbone.replacement.plan.k=2')
-    parser.add_argument('--allow-pickle', action='store_true',
-                        help='read a checkpoint that needs code to be unpickled; only from sources you trust')
     return parser.parse_args()
 
 

@@ -1,27 +1,17 @@
 """Test (and evaluate) a detector: MMDetection's tools/test.py, with checks before anything is written."""
 import argparse
 
-from mmengine.config import DictAction
-
 import rl_mmdet.engine as engine
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Test (and evaluate) a detector')
-    parser.add_argument('config', help='config file')
+    parser = argparse.ArgumentParser(description='Test (and evaluate) a detector', parents=[engine.run_arguments()])
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--work-dir', help='folder for logs and metrics (default: work_dirs/<config stem>)')
     parser.add_argument('--out', help='dump predictions to this .pkl file')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
     parser.add_argument('--show-dir', help='save painted images in this folder below the work dir')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds between shown images')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config; data_root=DIR moves the whole config to that data')
-    parser.add_argument('--allow-pickle', action='store_true',
-                        help='read a checkpoint that needs code to be unpickled; only from sources you trust')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser.parse_args()
 
 

@@ -1,27 +1,17 @@
 """Train a detector: MMDetection's tools/train.py, with checks before anything is written."""
 import argparse
 
-from mmengine.config import DictAction
-
 import rl_mmdet.engine as engine
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Train a detector')
-    parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<config stem>)')
+    parser = argparse.ArgumentParser(description='Train a detector', parents=[engine.run_arguments()])
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument('--resume', nargs='?', const='auto',
                         help='go on from this checkpoint; without a file, from the latest one in the work dir')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config; data_root=DIR moves the whole config to that data')
     parser.add_argument('--ignore-keys', nargs='+', default=[], metavar='REGEX',
                         help='tensors of a checkpoint that may be missing or left over')
-    parser.add_argument('--allow-pickle', action='store_true',
-                        help='read checkpoints that need code to be unpickled; only from sources you trust')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser.parse_args()
 
 

@@ -1,4 +1,5 @@
 """MMEngine's side of Replacement Learning: hooks, optimizer-wrapper constructor, configs, checkpoints, preflight."""
+from .arguments import config_arguments, run_arguments
 from .checkpoint import check_checkpoint, read_checkpoint
 from .config import add_rl_defaults_, load_config
 from .errors import NonFiniteLossError, UserError
@@ -19,6 +20,6 @@ from .preflight import build_model, check_testing, check_training
 __all__ = [
     'FiniteLossHook', 'NonFiniteLossError', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'UserError',
     'add_rl_defaults_', 'build_model', 'build_runner', 'check_checkpoint', 'check_out_file', 'check_testing',
-    'check_training', 'dump_predictions_', 'enable_amp_', 'enable_auto_scale_lr_', 'enable_tta_',
-    'enable_visualization_', 'load_config', 'read_checkpoint', 'set_local_rank', 'set_resume_', 'tool',
+    'check_training', 'config_arguments', 'dump_predictions_', 'enable_amp_', 'enable_auto_scale_lr_', 'enable_tta_',
+    'enable_visualization_', 'load_config', 'read_checkpoint', 'run_arguments', 'set_local_rank', 'set_resume_', 'tool',
 ]
