@@ -34,5 +34,5 @@ param_scheduler = [
          convert_to_iter_based=True),
 ]
 optim_wrapper = dict(optimizer=dict(lr=0.005), clip_grad=dict(max_norm=35, norm_type=2))
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(max_keep_ckpts=2))
+default_hooks = dict(logger=dict(interval=5), checkpoint=dict(max_keep_ckpts=2))
 randomness = dict(seed=0)

@@ -5,6 +5,7 @@ from copy import deepcopy
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from .errors import UserError
@@ -12,6 +13,8 @@ from .errors import UserError
 
 def enable_amp_(cfg: Config) -> None:
     """``--amp``: automatic mixed precision with a dynamic loss scale."""
+    if get_device() in ('cpu', 'mps'):
+        raise UserError('--amp: MMEngine\'s AmpOptimWrapper needs a GPU, and none is found here; leave it out')
     wrapper = cfg.get('optim_wrapper')
     if wrapper is None or wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(f'--amp: optim_wrapper.type must be OptimWrapper, got {wrapper and wrapper.type!r}')
