@@ -29,8 +29,12 @@ def main() -> None:
     def say(line: str) -> None:
         console.print(f'[{time.monotonic() - start:4.0f} s] {line}', markup=False)
 
-    comparison = analysis.compare_side_by_side({name: str(ROOT / path) for name, path in CONFIGS.items()},
-                                               str(ROOT / 'tools' / 'train.py'), work_dir, say)
+    try:
+        comparison = analysis.compare_side_by_side({name: str(ROOT / path) for name, path in CONFIGS.items()},
+                                                   str(ROOT / 'tools' / 'train.py'), work_dir, say)
+    except KeyboardInterrupt:
+        say('start it again to go on from the last checkpoint')
+        raise
     comparison.save(work_dir / 'comparison.json')
     console.print(comparison.table())
     console.print(f'detections:  {comparison.picture}\nall figures: {work_dir / "comparison.json"}\n'

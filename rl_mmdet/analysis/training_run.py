@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..engine import UserError
 
@@ -52,18 +53,19 @@ def run_training(command: list[str], work_dir: Path, say: Callable[[str], None])
     process = subprocess.Popen([sys.executable, '-u', *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True)
     try:
-        with _terminate_interrupts():
+        with _signal_handler(signal.SIGTERM, signal.default_int_handler):  # leave no training running alone
             tail = _follow(process, work_dir / 'output.log', say)
     except KeyboardInterrupt:
         process.terminate()
         raise
     finally:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        cost.seconds += time.monotonic() - start
-        cost.peak_rss = max(cost.peak_rss, usage.ru_maxrss * 1024)
-        cost.finished = process.returncode == 0
-        _write_atomically(record, json.dumps(asdict(cost)))
+        with _signal_handler(signal.SIGINT, signal.SIG_IGN):  # a second Ctrl-C must not lose the record
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            cost.seconds += time.monotonic() - start
+            cost.peak_rss = max(cost.peak_rss, usage.ru_maxrss * 1024)
+            cost.finished = process.returncode == 0
+            _write_atomically(record, json.dumps(asdict(cost)))
     if not cost.finished:
         raise UserError(f'{" ".join(command)} ended with status {process.returncode}; its last lines '
                         f'(all in {work_dir / "output.log"}):\n' + '\n'.join(tail))
@@ -84,15 +86,12 @@ def _follow(process: subprocess.Popen, log: Path, say: Callable[[str], None]) ->
 
 
 @contextlib.contextmanager
-def _terminate_interrupts() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that no training is left running alone."""
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _signal_handler(number: int, handler: Any) -> Iterator[None]:
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 def _write_atomically(path: Path, text: str) -> None:

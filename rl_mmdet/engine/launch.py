@@ -4,8 +4,9 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 
+import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -15,10 +16,21 @@ from .errors import UserError
 def build_runner(cfg: Config, notes: Iterable[str] = ()) -> Runner:
     """Build the config's runner and put ``notes`` (multi-line texts) at the top of its log."""
     setup_cache_size_limit_of_dynamo()
+    if cfg.get('launcher') == 'pytorch' and not torch.cuda.is_available():
+        _start_cpu_processes_(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     for note in notes:
         runner.logger.info(note)
     return runner
+
+
+def _start_cpu_processes_(cfg: Config) -> None:
+    """Join torchrun's processes on a machine without GPU; MMEngine's own way asks for CUDA devices."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
+                   find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = ConfigDict(wrapper | dict(cfg.get('model_wrapper_cfg') or {}) | dict(device_ids=None))
 
 
 def tool(main: Callable[[], None]) -> Callable[[], None]:

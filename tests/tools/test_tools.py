@@ -1,7 +1,10 @@
 """The tools as a user calls them, on a tiny detector."""
 import glob
 import json
+import os
 import runpy
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,6 +65,19 @@ def test_train_from_a_pretrained_backbone_then_test_and_resume(run, tiny_config,
     assert Path('work/epoch_2.pth').is_file()
     assert log('work').count('recalibrated') == 1
     assert [entry['epoch'] for entry in scalars('work') if 'loss' in entry][-1] == 2
+
+
+def test_dist_train_trains_in_two_processes_without_a_gpu(tiny_config, tmp_path):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, 'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', 'PORT': port, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(['bash', str(TOOLS / 'dist_train.sh'), tiny_config(), '2', '--work-dir', 'work'],
+                          cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'GPU number: 2' in log(tmp_path / 'work')
+    state = torch.load(tmp_path / 'work' / 'epoch_1.pth', weights_only=False)['state_dict']
+    assert sum(key.endswith('.coeff') for key in state) == 5
 
 
 def test_train_stops_at_a_non_finite_loss_and_saves_nothing(run, tiny_config):
