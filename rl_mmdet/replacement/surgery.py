@@ -40,19 +40,7 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
     Example:
         >>> report = replace_blocks_(model, dict(plan=dict(type='EveryKth', k=2)))
     """
-    if not isinstance(replacement, Mapping):
-        raise TypeError("replacement must be a dict such as dict(plan=dict(type='EveryKth', k=4)), "
-                        f'got {replacement!r}')
-    for key in replacement:
-        if key not in SETTINGS:
-            raise ValueError(f'replacement: unknown setting {key!r}; allowed: {", ".join(SETTINGS)}')
-    if replacement.get('plan') is None:
-        raise ValueError("replacement: plan is missing; for instance plan=dict(type='EveryKth', k=4)")
-    plan = build_part(PLANS, replacement['plan'], default='EveryKth')
-    fusion = build_part(FUSIONS, replacement.get('fusion'), default='ScalarFusion')
-    operator = build_part(OPERATORS, replacement.get('operator'), default='FullBlock')
-    gradient = build_gradient(replacement.get('gradient'))
-
+    plan, parts = _build_parts(replacement)
     if computing_layers(model):
         raise ValueError('replacement: the model has computing layers already; materialize() it first')
     chains = find_chains(model)
@@ -62,7 +50,6 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
     except ValueError as error:
         raise ValueError(f'replacement.plan: {error}') from None
     rows = describe_blocks(chains, choice)
-    parts = dict(fusion=fusion, operator=operator, gradient=gradient)
     for name, indices in choice.items():
         _replace_in_chain_(chains[name], indices, parts)
     add_pretrained_hook(model)
@@ -102,6 +89,22 @@ def materialize(model: nn.Module) -> nn.Module:
     for module in plain.modules():
         remove_pretrained_hook(module)
     return plain
+
+
+def _build_parts(replacement: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The plan, and what each computing layer is made of."""
+    if not isinstance(replacement, Mapping):
+        raise TypeError("replacement must be a dict such as dict(plan=dict(type='EveryKth', k=4)), "
+                        f'got {replacement!r}')
+    for key in replacement:
+        if key not in SETTINGS:
+            raise ValueError(f'replacement: unknown setting {key!r}; allowed: {", ".join(SETTINGS)}')
+    if replacement.get('plan') is None:
+        raise ValueError("replacement: plan is missing; for instance plan=dict(type='EveryKth', k=4)")
+    return build_part(PLANS, replacement['plan'], default='EveryKth'), dict(
+        fusion=build_part(FUSIONS, replacement.get('fusion'), default='ScalarFusion'),
+        operator=build_part(OPERATORS, replacement.get('operator'), default='FullBlock'),
+        gradient=build_gradient(replacement.get('gradient')))
 
 
 def _check_choice(chains: Mapping[str, Chain], choice: Choice, plan: Any) -> None:
