@@ -4,8 +4,6 @@ PY := .venv/bin/python
 
 export PYTHON
 export MPLBACKEND := Agg
-# Waiting OpenMP threads sleep instead of spinning: several times faster where other processes want the cores too.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo lint clean .venv
