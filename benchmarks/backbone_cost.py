@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rl_mmdet.analysis.saved_bytes import saved_bytes
+from rl_mmdet.analysis import saved_bytes, trainable_parameters
 from rl_mmdet.models import RLResNet
 
 OUT = Path(__file__).resolve().parents[1] / 'docs/results/backbone_cost.md'
@@ -29,7 +29,7 @@ def cost(backbone: nn.Module) -> tuple[int, int, int]:
     saved = saved_bytes(backbone, lambda: backbone(image))
     with FlopCounterMode(display=False) as counter:
         sum(output.sum() for output in backbone(image)).backward()
-    return sum(p.numel() for p in backbone.parameters() if p.requires_grad), counter.get_total_flops(), saved
+    return trainable_parameters(backbone), counter.get_total_flops(), saved
 
 
 def main() -> None:

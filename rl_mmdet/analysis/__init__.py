@@ -1,8 +1,9 @@
 """What a model costs, and how runs compare."""
 from .blocks import block_table
+from .cost import saved_bytes, trainable_parameters
 from .side_by_side import Comparison, compare_side_by_side
 from .step_time import StepTimes, alternate_steps
 from .training_run import TrainingCost, run_training
 
 __all__ = ['Comparison', 'StepTimes', 'TrainingCost', 'alternate_steps', 'block_table', 'compare_side_by_side',
-           'run_training']
+           'run_training', 'saved_bytes', 'trainable_parameters']

@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from rich.table import Table
 
 from ..engine import UserError, add_rl_defaults_, load_config
+from .cost import trainable_parameters
 from .picture import Boxes, save_side_by_side
 from .step_time import StepTimes, alternate_steps
 from .training_run import TrainingCost, run_training
@@ -99,10 +100,8 @@ def compare_side_by_side(configs: Mapping[str, str], train_tool: str, work_dir: 
         runner = runners[name] = _load_trained(cfg)
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             metrics = runner.test()
-        model = runner.model
         outcomes[name] = Outcome(metrics['coco/bbox_mAP'], metrics['coco/bbox_mAP_50'],
-                                 sum(p.numel() for p in model.parameters() if p.requires_grad), costs[name],
-                                 cfg.work_dir)
+                                 trainable_parameters(runner.model), costs[name], cfg.work_dir)
     picture = work_dir / 'detections.png'
     say('drawing detections')
     _draw(picture, runners)

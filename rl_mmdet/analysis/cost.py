@@ -1,8 +1,13 @@
-"""What autograd keeps for the backward pass."""
+"""What a model costs, in counts that are the same on every machine."""
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Number of parameters that learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:

@@ -1,8 +1,8 @@
-"""Bytes kept for backward."""
+"""Parameters that learn, and bytes kept for backward."""
 import torch
 from torch import nn
 
-from rl_mmdet.analysis.saved_bytes import saved_bytes
+from rl_mmdet.analysis import saved_bytes, trainable_parameters
 
 
 def test_saved_bytes_counts_a_linear_layers_input_but_not_its_weight():
@@ -20,3 +20,9 @@ def test_saved_bytes_counts_a_storage_once():
 def test_saved_bytes_without_gradients_is_nothing():
     model = nn.Linear(4, 3).requires_grad_(False)
     assert saved_bytes(model, lambda: model(torch.rand(2, 4))) == 0
+
+
+def test_trainable_parameters_leaves_out_frozen_ones():
+    model = nn.Linear(4, 3)
+    model.bias.requires_grad_(False)
+    assert trainable_parameters(model) == 12
