@@ -41,8 +41,9 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
                             'from, add --allow-pickle') from None
         raise UserError(f'{path}: not a PyTorch checkpoint, or a truncated one') from None
     except (EOFError, RuntimeError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines() or ['unexpected end']
-        raise UserError(f'{path}: truncated, or not a PyTorch checkpoint ({reason[0][:120]})') from None
+        lines = str(error).splitlines() if isinstance(error, (OSError, RuntimeError)) else []
+        reason = f' ({lines[0][:120]})' if lines else ''
+        raise UserError(f'{path}: truncated, or not a PyTorch checkpoint{reason}') from None
     if not isinstance(checkpoint, Mapping):
         raise UserError(f'{path}: holds a {type(checkpoint).__name__}, not a state dict')
     return checkpoint

@@ -38,10 +38,10 @@ class Preflight:
 
 
 def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> Preflight:
-    """Check a config before training: model, checkpoints, data, and last the work dir.
+    """Check a config before training: model, checkpoints, data, work dir; then make data that is made on first use.
 
     Raises:
-        UserError: the first mistake found. Nothing has been written then.
+        UserError: the first mistake found. At most an empty work dir has been written then.
     """
     model = build_model(cfg)
     _check_distributed(cfg, model)
@@ -57,9 +57,7 @@ def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle
     if source:
         with _named(source):
             found.checkpoints[source] = str(check_checkpoint(model, source.split('=', 1)[1], **load))
-    for phase in ('train', 'val'):
-        check_data(cfg, phase)
-    check_work_dir(cfg.work_dir)
+    _check_files(cfg, 'train', 'val')
     return found
 
 
@@ -76,8 +74,7 @@ def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -
         raise UserError(f'checkpoint: {checkpoint} has weights for {len(report.fits)} blocks that the config replaces '
                         f'({", ".join(list(report.fits)[:3])}): it is a baseline\'s; test it with the baseline\'s '
                         'config, or train from it with load_from')
-    check_data(cfg, 'test')
-    check_work_dir(cfg.work_dir)
+    _check_files(cfg, 'test')
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -96,20 +93,21 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def check_data(cfg: Config, phase: str) -> None:
-    """Check that the annotation files and image folders of one phase's loader and evaluator exist."""
-    loader = cfg.get(f'{phase}_dataloader')
-    if loader is None:
-        return
-    own = False
-    for node in nested_dicts(loader):
-        if _makes_own_files(node):
-            _make_files(node, f'{phase}_dataloader')
-            own = True
-        elif 'ann_file' in node:
+    """Check that the annotation files and image folders of one phase's loader and evaluator exist, or will be made."""
+    nodes = list(nested_dicts(cfg.get(f'{phase}_dataloader') or {}))
+    for node in nodes:
+        if 'ann_file' in node:
             _check_dataset(node, f'{phase}_dataloader')
     for node in nested_dicts(cfg.get(f'{phase}_evaluator') or {}):
-        if not own and node.get('ann_file'):
+        if node.get('ann_file') and not any(map(_makes_own_files, nodes)):
             _check_path(node['ann_file'], osp.isfile, f'{phase}_evaluator.ann_file')
+
+
+def make_data(cfg: Config, phase: str) -> None:
+    """Let the datasets of one phase that make their own files do so."""
+    for node in nested_dicts(cfg.get(f'{phase}_dataloader') or {}):
+        if _makes_own_files(node):
+            _make_files(node, f'{phase}_dataloader')
 
 
 def check_work_dir(path: str) -> None:
@@ -120,6 +118,15 @@ def check_work_dir(path: str) -> None:
             pass
     except OSError as error:
         raise UserError(f'--work-dir {path}: can\'t be written ({error.strerror})') from None
+
+
+def _check_files(cfg: Config, *phases: str) -> None:
+    """Look at everything that is read before the work dir is made, and at the work dir before any data is."""
+    for phase in phases:
+        check_data(cfg, phase)
+    check_work_dir(cfg.work_dir)
+    for phase in phases:
+        make_data(cfg, phase)
 
 
 def _check_dataset(node: Mapping[str, Any], where: str) -> None:

@@ -62,6 +62,7 @@ def test_an_unwritable_work_dir_is_named(tiny, tmp_path):
     (tmp_path / 'work').write_text('a file')
     with pytest.raises(UserError, match='--work-dir .*work'):
         check_training(tiny())
+    assert not (tmp_path / 'digits').exists()
 
 
 def test_load_from_another_architecture_is_refused_before_anything_is_written(tiny, tmp_path):
