@@ -1,11 +1,12 @@
 """The computing layer: the module that stands where a block was."""
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .chain import all_parameters, match_sources
+from .chain import Chain, all_parameters
 from .fusions import Pair
 
 
@@ -20,20 +21,27 @@ class ComputingLayer(nn.Module):
     yields computing layers that point into the copy.
 
     Args:
-        block: the block to remove. It is taken over: its parameters are dropped, its buffers kept.
-        before, after: the nearest kept blocks.
+        chain, index: the block to remove. It is taken over: its parameters are dropped, its buffers kept.
+        replaced: indices of all blocks of the chain that are replaced.
         fusion, operator, gradient: see their modules.
 
     Sources: arXiv 2410.01239 (RL-v1), arXiv 2605.19533 (RL-v2, "computing layer").
     """
 
-    def __init__(self, block: nn.Module, before: nn.Module, after: nn.Module, *, fusion: Any, operator: Any,
+    def __init__(self, chain: Chain, index: int, replaced: Collection[int], *, fusion: Any, operator: Any,
                  gradient: Any) -> None:
         super().__init__()
+        blocks = chain.blocks
+        block = blocks[index]
         self.fusion = fusion
         self.operator = operator
         self.gradient = gradient
-        self.sources = match_sources(block, before, after)
+        sources = chain.sources(index, replaced)
+        # The two nearest kept blocks first; a tensor that has another size there comes from one further away.
+        wanted = list(dict.fromkeys([*chain.neighbours(index, replaced), *(i for sides in sources.values()
+                                                                           for i in sides if i is not None)]))
+        self.sources = {name: tuple(None if i is None else wanted.index(i) for i in sides)
+                        for name, sides in sources.items()}
         self.shapes = {name: p.shape for name, p in all_parameters(block)}
         self.learned = {name: p.requires_grad for name, p in all_parameters(block)}
         self.checkpointed = bool(getattr(block, 'with_cp', False))
@@ -45,9 +53,9 @@ class ComputingLayer(nn.Module):
         _drop_parameters(block)
         if self.checkpointed:
             block.with_cp = False  # done around the whole layer instead: the weights exist only while it runs
-        # In a tuple the three modules are no children of this one. The template's children and buffers *are*
+        # In a tuple these modules are no children of this one. The template's children and buffers *are*
         # this layer's, in the same dicts, so that whoever swaps or moves them does it for both.
-        self._blocks = (block, before, after)
+        self._blocks = (block, *(blocks[i] for i in wanted))
         self._modules = block._modules
         self._buffers = block._buffers
         self._non_persistent_buffers_set = block._non_persistent_buffers_set
@@ -66,11 +74,15 @@ class ComputingLayer(nn.Module):
     def after(self) -> nn.Module:
         return self._blocks[2]
 
+    @property
+    def kept(self) -> tuple[nn.Module, ...]:
+        """The kept blocks whose tensors are used; ``sources`` counts in them. The first two are the neighbours."""
+        return self._blocks[1:]
+
     def pairs(self) -> dict[str, Pair]:
-        """The two neighbours' tensors for every parameter of the removed block."""
-        return {name: (_tensor(self.before, name) if in_before else None,
-                       _tensor(self.after, name) if in_after else None)
-                for name, (in_before, in_after) in self.sources.items()}
+        """The two tensors of kept blocks, before and after, for every parameter of the removed block."""
+        return {name: tuple(None if i is None else _tensor(self.kept[i], name) for i in sides)
+                for name, sides in self.sources.items()}
 
     def synthesise(self, detach: bool = False) -> dict[str, Tensor]:
         """The removed block's tensors, made by the fusion.

@@ -112,7 +112,7 @@ def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[st
     no deformable convolution's offsets, for instance.
     """
     names = {id(module): module_name for module_name, module in model.named_modules()}
-    before, after = names[id(layer.before)], names[id(layer.after)]
+    kept = [names[id(block)] for block in layer.kept]
 
     def look_up(block: str, tensor: str) -> Tensor | None:
         value = state_dict.get(f'{prefix}{block}.{tensor}')
@@ -120,9 +120,9 @@ def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[st
 
     targets: dict[str, Tensor] = {}
     pairs: dict[str, Pair] = {}
-    for tensor, (in_before, in_after) in layer.sources.items():
+    for tensor, sides in layer.sources.items():
         target = look_up(name, tensor)
-        pair = (look_up(before, tensor) if in_before else None, look_up(after, tensor) if in_after else None)
+        pair = tuple(None if i is None else look_up(kept[i], tensor) for i in sides)
         if target is not None and any(side is not None for side in pair):
             targets[tensor], pairs[tensor] = target, pair
     return layer.fusion.fit(targets, pairs) if targets else None

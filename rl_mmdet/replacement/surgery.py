@@ -121,8 +121,5 @@ def _check_choice(chains: Mapping[str, Chain], choice: Choice, plan: Any) -> Non
 
 
 def _replace_in_chain_(chain: Chain, indices: list[int], parts: dict[str, Any]) -> None:
-    blocks = chain.blocks
     for index in indices:
-        before, after = chain.neighbours(index, indices)
-        layer = ComputingLayer(blocks[index], blocks[before], blocks[after], **parts)
-        chain.container._modules[chain.keys[index]] = layer
+        chain.container._modules[chain.keys[index]] = ComputingLayer(chain, index, indices, **parts)

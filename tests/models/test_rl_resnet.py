@@ -280,7 +280,7 @@ def test_report_names_what_was_replaced():
 
 def test_layer1_block1_takes_conv1_from_the_block_after_it_alone(randomise_):
     layer = randomise_(build(RLResNet, dict(TINY, deep_stem=True, stem_channels=8))).layer1[1]
-    assert layer.sources['conv1.weight'] == (False, True)
+    assert layer.sources['conv1.weight'] == (None, 1)
     torch.testing.assert_close(layer.synthesise()['conv1.weight'], layer.coeff[1] * layer.after.conv1.weight)
 
 

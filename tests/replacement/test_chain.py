@@ -1,9 +1,9 @@
 """Chains: where they are found, who the neighbours are, who can't be replaced."""
 import pytest
+import torch
 from torch import nn
 
 from rl_mmdet.replacement import Chain, find_chains
-from rl_mmdet.replacement.chain import match_sources
 
 
 def test_find_chains_two_stages(toy_net):
@@ -113,25 +113,86 @@ def test_why_not_partly_frozen_stage_is_none(toy_net):
 
 def test_why_not_no_shape_equal_neighbour_names_the_tensor():
     chain = Chain('wide', nn.Sequential(*(nn.TransformerEncoderLayer(4, 1, size) for size in (4, 6, 4))))
-    assert chain.why_not(1).startswith('linear1.weight (6, 4) has no tensor of its shape in wide.0 or wide.2')
+    assert chain.why_not(1).startswith('linear1.weight (6, 4) has no tensor of its shape in a kept block '
+                                             'of its stage, such as wide.0 or wide.2')
 
 
-def test_why_not_one_neighbour_without_any_equal_shape_names_it():
+def test_why_not_one_side_without_any_equal_shape_names_it():
     chain = Chain('wide', nn.Sequential(*(nn.TransformerEncoderLayer(size, 1, size) for size in (2, 8, 8))))
-    assert chain.why_not(1) == 'wide.0 has no tensor of its shapes'
+    assert chain.why_not(1) == 'no kept block before it has a tensor of its shapes'
 
 
 def test_replaceable_is_the_interior(toy_net):
     assert find_chains(toy_net())['layer2'].replaceable() == [1, 2, 3, 4]
 
 
-def test_match_sources_one_shape_equal_neighbour(toy_net):
-    blocks = list(toy_net().layer1)
-    sources = match_sources(blocks[1], blocks[0], blocks[2])
-    assert sources['conv1.weight'] == (False, True)
+def test_sources_one_shape_equal_neighbour(toy_net):
+    assert find_chains(toy_net())['layer1'].sources(1)['conv1.weight'] == (None, 2)
 
 
-def test_match_sources_both_shapes_equal(toy_net):
-    blocks = list(toy_net().layer1)
-    sources = match_sources(blocks[1], blocks[0], blocks[2])
-    assert {agree for name, agree in sources.items() if name != 'conv1.weight'} == {(True, True)}
+def test_sources_both_shapes_equal(toy_net):
+    sources = find_chains(toy_net())['layer1'].sources(1)
+    assert {sides for name, sides in sources.items() if name != 'conv1.weight'} == {(0, 2)}
+
+
+def windowed(*sizes: int) -> Chain:
+    """A chain of layers that differ in the size of one table."""
+    blocks = [nn.TransformerEncoderLayer(4, 1, 4) for _ in sizes]
+    for block, size in zip(blocks, sizes, strict=True):
+        block.table = nn.Parameter(torch.zeros(size))
+    return Chain('blocks', nn.Sequential(*blocks))
+
+
+@pytest.mark.parametrize(('index', 'replaced', 'table'), [
+    (1, [1], (0, 3)),        # the block after it has a table of another size, the one behind that the right one
+    (3, [3], (1, 4)),
+    (2, [2], (None, 5)),     # only one other block of its kind
+    (3, [1, 3, 4], (0, 6)),  # the nearest ones of its kind are replaced as well
+])
+def test_sources_of_another_size_come_from_the_nearest_block_that_has_the_right_one(index, replaced, table):
+    sources = windowed(7, 7, 9, 7, 7, 9, 7).sources(index, replaced)
+    assert sources['table'] == table
+    before = max(i for i in range(index) if i not in replaced)
+    after = min(i for i in range(index + 1, 7) if i not in replaced)
+    assert sources['linear1.weight'] == (before, after)
+
+
+def test_replaceable_blocks_of_two_kinds():
+    assert windowed(7, 7, 9, 7, 7, 9, 7).replaceable() == [1, 2, 3, 4, 5]
+
+
+def test_why_not_the_only_block_of_its_kind_names_the_tensor():
+    assert windowed(7, 7, 9, 7).why_not(2).startswith('table (9,) has no tensor of its shape')
+
+
+def test_find_chains_run_behind_another_module_is_called_like_the_container():
+    stage = nn.Sequential(nn.Conv2d(3, 4, 1), *(nn.TransformerEncoderLayer(4, 1, 4) for _ in range(3)))
+    [chain] = find_chains(nn.ModuleDict({'stage': stage})).values()
+    assert (chain.name, len(chain), chain.block_name(0)) == ('stage', 3, 'stage.1')
+
+
+def test_find_chains_two_runs_in_one_container_are_called_by_their_places():
+    layers = [nn.TransformerEncoderLayer(4, 1, 4) for _ in range(3)]
+    stage = nn.Sequential(*layers, nn.Conv2d(4, 4, 1), *(nn.TransformerDecoderLayer(4, 1, 4) for _ in range(2)))
+    chains = find_chains(nn.ModuleDict({'stage': stage}))
+    assert {name: chain.keys for name, chain in chains.items()} == {
+        'stage[0:3]': ['0', '1', '2'], 'stage[4:6]': ['4', '5']}
+
+
+class Numbered(nn.Module):
+    """A stage that numbers its blocks itself."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.TransformerEncoderLayer(4, 1, 4))
+
+
+def test_find_chains_children_that_are_numbered_are_a_chain():
+    [chain] = find_chains(nn.ModuleDict({'stage': Numbered('b1', 'b2', 'b3')})).values()
+    assert (chain.name, chain.keys) == ('stage', ['b1', 'b2', 'b3'])
+
+
+@pytest.mark.parametrize('names', [('first', 'second', 'third'), ('b1', 'b3', 'b5'), ('a1', 'b2', 'c3')])
+def test_find_chains_children_that_are_not_numbered_in_order_are_no_chain(names):
+    assert find_chains(nn.ModuleDict({'stage': Numbered(*names)})) == {}
