@@ -1,4 +1,4 @@
-"""What an mmdet config names."""
-from .backbones import RLResNet, RLResNetV1d, RLResNeXt
+'''What an mmdet config names.'''
+from .backbones import RLBackbone, RLResNet, RLResNetV1d, RLResNeXt, RLSwin
 
-__all__ = ['RLResNeXt', 'RLResNet', 'RLResNetV1d']
+__all__ = ['RLBackbone', 'RLResNeXt', 'RLResNet', 'RLResNetV1d', 'RLSwin']

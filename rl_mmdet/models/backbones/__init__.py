@@ -1,4 +1,6 @@
 """Backbones with Replacement Learning."""
+from .rl_backbone import RLBackbone
 from .rl_resnet import RLResNet, RLResNetV1d, RLResNeXt
+from .rl_swin import RLSwin
 
-__all__ = ['RLResNeXt', 'RLResNet', 'RLResNetV1d']
+__all__ = ['RLBackbone', 'RLResNeXt', 'RLResNet', 'RLResNetV1d', 'RLSwin']

@@ -1,30 +1,25 @@
 """The ResNet family with Replacement Learning."""
+from collections.abc import Sequence
 from typing import Any
 
 from mmdet.models.backbones import ResNet, ResNetV1d, ResNeXt
 from mmdet.registry import MODELS
 
-from ...replacement import replace_blocks_
+from ..layouts import add_layout_hook
+from .replacement_mixin import ReplacementMixin, check_out_indices
 
 
-class ReplacementMixin:
-    """Adds the argument ``replacement`` to a backbone; everything else stays its parent's business.
+class _RLResNetBase(ReplacementMixin):
+    """Checks that mmdet's ResNets make without a word of explanation."""
 
-    Args:
-        replacement: settings of :func:`~rl_mmdet.replacement.replace_blocks_`. None leaves the parent as it is.
-        *args, **kwargs: the parent's arguments.
-
-    Attributes:
-        replacement_report: what was replaced and why other blocks were not; None without replacement.
-    """
-
-    def __init__(self, *args: Any, replacement: dict | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.replacement_report = None if replacement is None else replace_blocks_(self, replacement)
+    def __init__(self, *args: Any, num_stages: int = 4, out_indices: Sequence[int] = (0, 1, 2, 3),
+                 **kwargs: Any) -> None:
+        check_out_indices(type(self).__name__, out_indices, num_stages)
+        super().__init__(*args, num_stages=num_stages, out_indices=out_indices, **kwargs)
 
 
 @MODELS.register_module()
-class RLResNet(ReplacementMixin, ResNet):
+class RLResNet(_RLResNetBase, ResNet):
     """:class:`mmdet.models.ResNet` with Replacement Learning.
 
     Example:
@@ -33,10 +28,17 @@ class RLResNet(ReplacementMixin, ResNet):
 
 
 @MODELS.register_module()
-class RLResNetV1d(ReplacementMixin, ResNetV1d):
-    """:class:`mmdet.models.ResNetV1d` (deep stem, average-pooled shortcuts) with Replacement Learning."""
+class RLResNetV1d(_RLResNetBase, ResNetV1d):
+    """:class:`mmdet.models.ResNetV1d` (deep stem, average-pooled shortcuts) with Replacement Learning.
+
+    Takes weights in timm's layout, too (``resnet50d`` and its relatives).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        add_layout_hook(self)
 
 
 @MODELS.register_module()
-class RLResNeXt(ReplacementMixin, ResNeXt):
+class RLResNeXt(_RLResNetBase, ResNeXt):
     """:class:`mmdet.models.ResNeXt` (grouped 3×3 convolutions) with Replacement Learning."""

@@ -1,0 +1,42 @@
+"""What every RL backbone has in common: the argument ``replacement``."""
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ...replacement import replace_blocks_
+
+
+class ReplacementMixin:
+    """Adds the argument ``replacement`` to a backbone; everything else stays its parent's business.
+
+    Args:
+        replacement: settings of :func:`~rl_mmdet.replacement.replace_blocks_`. None leaves the parent as it is.
+        *args, **kwargs: the parent's arguments.
+
+    Attributes:
+        replacement_report: what was replaced and why other blocks were not; None without replacement.
+    """
+
+    def __init__(self, *args: Any, replacement: dict | None = None, **kwargs: Any) -> None:
+        with assertions_named(type(self).__name__):
+            super().__init__(*args, **kwargs)
+        self.replacement_report = None if replacement is None else replace_blocks_(self, replacement)
+
+
+@contextmanager
+def assertions_named(name: str) -> Iterator[None]:
+    """Turn an assertion that a backbone makes about its arguments into a ValueError that says which one failed."""
+    try:
+        yield
+    except AssertionError as error:
+        failed = traceback.extract_tb(error.__traceback__)[-1].line or ''
+        raise ValueError(f'{name} refuses its arguments: {error or failed.removeprefix("assert ")}') from error
+
+
+def check_out_indices(name: str, out_indices: Sequence[int], count: int, what: str = 'stages') -> None:
+    """Raise a ValueError for output indices that don't exist."""
+    wrong = [index for index in out_indices if not 0 <= index < count]
+    if wrong:
+        raise ValueError(f'{name}: out_indices {tuple(out_indices)} has {wrong[0]}, but there are {count} {what}; '
+                         f'allowed: 0 to {count - 1}')

@@ -1,0 +1,40 @@
+"""Swin Transformer with Replacement Learning."""
+from collections.abc import Sequence
+from typing import Any
+
+from mmdet.models.backbones import SwinTransformer
+from mmdet.registry import MODELS
+from mmengine.runner import CheckpointLoader
+
+from ..layouts import add_layout_hook
+from .replacement_mixin import ReplacementMixin, check_out_indices
+
+
+@MODELS.register_module()
+class RLSwin(ReplacementMixin, SwinTransformer):
+    """:class:`mmdet.models.SwinTransformer` with Replacement Learning.
+
+    A replaced block keeps its own window shift; all of its parameters are fused, the relative-position table
+    included. Stages of depth 2 have no interior block. Weights may come in mmdet's, Swin's original or timm's
+    layout, whatever ``convert_weights`` says; position tables of another window size are interpolated.
+
+    Example:
+        >>> backbone = RLSwin(depths=(2, 2, 18, 2), replacement=dict(plan=dict(type='EveryKth', k=2)))
+    """
+
+    def __init__(self, *args: Any, depths: Sequence[int] = (2, 2, 6, 2), out_indices: Sequence[int] = (0, 1, 2, 3),
+                 **kwargs: Any) -> None:
+        check_out_indices(type(self).__name__, out_indices, len(depths))
+        super().__init__(*args, depths=depths, out_indices=out_indices, **kwargs)
+        add_layout_hook(self)
+
+    def init_weights(self) -> None:
+        """Load ``init_cfg``'s checkpoint, or initialise as the parent does without one."""
+        if self.init_cfg is None:
+            super().init_weights()
+            return
+        checkpoint = CheckpointLoader.load_checkpoint(self.init_cfg['checkpoint'], map_location='cpu')
+        tensors = checkpoint.get('state_dict', checkpoint)
+        prefix = self.init_cfg.get('prefix') or ('backbone' if any(k.startswith('backbone.') for k in tensors) else '')
+        start = prefix and f'{prefix}.'
+        self.load_state_dict({k[len(start):]: v for k, v in tensors.items() if k.startswith(start)}, strict=False)

@@ -1,0 +1,162 @@
+"""timm's models as mmdet backbones."""
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layouts import own_layout, unwrap
+from ..timm_models import SCHEME, build_timm_model, timm_layout
+from .replacement_mixin import ReplacementMixin
+
+
+class TimmBackbone(BaseModule):
+    """A timm model that gives a detector its feature maps.
+
+    It has the timm model's attributes, parameters and state-dict keys (without its classifier, and without what
+    lies behind the last map), so timm's checkpoints fit. Everything else is as mmdet's backbones have it.
+
+    Args:
+        timm: name of a timm model, e.g. ``'convnext_tiny'``, with or without a tag.
+        out_indices: which of its feature maps to give, from -1 for the last; by default the last four of a model
+            with a pyramid, and the last one of a model whose maps all have one stride (plain ViTs).
+        norm: apply the model's final norm to plain ViT's maps.
+        frozen_stages: stages that don't learn: -1 none, 0 the stem, 1 also the first stage and so on, as timm
+            groups its parameters; the stages of a plain ViT are its blocks.
+        norm_eval: keep BatchNorm in eval mode, so that its statistics stay.
+        with_cp: checkpoint activations.
+        pretrained: start from timm's own weights: the same as
+            ``init_cfg=dict(type='Pretrained', checkpoint='timm://<name>')``.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with a file in timm's or the original project's layout,
+            or None for timm's own initialisation.
+        **kwargs: whatever ``timm.create_model`` takes for the model.
+
+    Attributes:
+        out_channels, out_strides: of each feature map, for the neck's ``in_channels``.
+
+    Shapes:
+        images ``(N, 3, H, W)`` to a tuple of maps ``(N, out_channels[i], H / s, W / s)``, rounded as the model does, with
+        ``s = out_strides[i]``.
+
+    Raises:
+        ValueError: unknown model, index, stage or argument; images smaller than the stride or of a size that the
+            model can't take.
+    """
+
+    def __init__(self, timm: str, *, out_indices: Sequence[int] | None = None, norm: bool = False,
+                 frozen_stages: int = -1, norm_eval: bool = False, with_cp: bool = False, pretrained: bool = False,
+                 init_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if pretrained and init_cfg is not None:
+            raise ValueError(f'{timm}: pretrained=True and init_cfg both say what to start from; leave one out')
+        super().__init__(dict(type='Pretrained', checkpoint=f'{SCHEME}{timm}') if pretrained else init_cfg)
+        body = build_timm_model(timm, **kwargs)
+        self.timm, self.kwargs, self.norm = timm, kwargs, norm
+        self.out_indices = _check_out_indices(timm, body.feature_info, out_indices)
+        maps = [body.feature_info[index] for index in self.out_indices]
+        self.out_channels = [each['num_chs'] for each in maps]
+        self.out_strides = [each['reduction'] for each in maps]
+        self._patch = self.out_strides[0] if _is_plain(body.feature_info) else 1
+        body.prune_intermediate_layers(list(self.out_indices), prune_norm=not norm)
+        if with_cp:
+            body.set_grad_checkpointing(True)
+        self.norm_eval = norm_eval
+        # The model's tensors are this module's own, under the same keys: both have the same dicts. In a tuple, the
+        # model is no child of it.
+        self._body = (body,)
+        self._modules, self._parameters, self._buffers = body._modules, body._parameters, body._buffers
+        self._non_persistent_buffers_set = body._non_persistent_buffers_set
+        self._freeze(frozen_stages)
+
+    @property
+    def body(self) -> nn.Module:
+        """The timm model."""
+        return self._body[0]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if '_body' not in self.__dict__:
+                raise
+        return getattr(self.body, name)
+
+    def init_weights(self) -> None:
+        """Load ``init_cfg``'s checkpoint; without one, timm has initialised the weights already."""
+        if self.init_cfg is not None and not self.is_init:
+            checkpoint = CheckpointLoader.load_checkpoint(self.init_cfg['checkpoint'], map_location='cpu')
+            prefix = self.init_cfg.get('prefix')
+            tensors = unwrap(checkpoint)
+            if prefix:
+                tensors = {key.removeprefix(f'{prefix}.'): value for key, value in tensors.items()
+                           if key.startswith(f'{prefix}.')}
+            self.load_state_dict(own_layout(self, tensors), strict=False)
+        self.is_init = True
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        height, width = images.shape[-2:]
+        if min(height, width) < max(self.out_strides):
+            raise ValueError(f'{self.timm}: images of {height}x{width} pixels are smaller than the stride '
+                             f'{max(self.out_strides)} of its last feature map; enlarge them or drop that map from '
+                             'out_indices')
+        images = F.pad(images, (0, -width % self._patch, 0, -height % self._patch))
+        try:
+            maps = self.body.forward_intermediates(images, indices=list(self.out_indices), norm=self.norm,
+                                                   stop_early=True, output_fmt='NCHW', intermediates_only=True)
+        except AssertionError as error:
+            raise ValueError(f'{self.timm}: images of {height}x{width} pixels don\'t fit: {error}; resize or pad them '
+                             'to a size that does, and give the model that img_size') from error
+        return tuple(maps)
+
+    def train(self, mode: bool = True) -> 'TimmBackbone':
+        super().train(mode)
+        self.body.training = mode
+        for module in self.modules():
+            frozen = isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad
+            if frozen or (self.norm_eval and isinstance(module, _BatchNorm)):
+                module.eval()
+        return self
+
+    def _freeze(self, stages: int) -> None:
+        if stages < 0:
+            return
+        from timm.models import group_parameters
+        if not hasattr(self.body, 'group_matcher'):
+            raise ValueError(f'{self.timm}: timm doesn\'t say what its stages are, so frozen_stages must be -1')
+        groups = group_parameters(self.body, self.body.group_matcher(coarse=True))
+        last = max(groups)
+        if stages > last:
+            raise ValueError(f'{self.timm}: frozen_stages={stages}, but there are {last} stages; allowed: -1 to {last}')
+        for group, names in groups.items():
+            for name in names if group <= stages else ():
+                self.body.get_parameter(name).requires_grad_(False)
+
+
+@own_layout.register
+def _(module: TimmBackbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return timm_layout(module.timm, module.kwargs, tensors)
+
+
+class RLTimmBackbone(ReplacementMixin, TimmBackbone):
+    """:class:`TimmBackbone` with Replacement Learning; configs name it ``dict(type='RLBackbone', timm=...)``."""
+
+
+def _is_plain(feature_info: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all maps have one stride."""
+    return len({each['reduction'] for each in feature_info}) == 1
+
+
+def _check_out_indices(name: str, feature_info: Sequence[Mapping[str, Any]],
+                       out_indices: Sequence[int] | None) -> tuple[int, ...]:
+    count = len(feature_info)
+    if out_indices is None:
+        return (count - 1,) if _is_plain(feature_info) else tuple(range(max(0, count - 4), count))
+    wrong = [index for index in out_indices if not -count <= index < count]
+    if wrong:
+        raise ValueError(f'{name}: out_indices {tuple(out_indices)} has {wrong[0]}, but there are {count} feature maps, '
+                         f'0 to {count - 1}, with strides {[each["reduction"] for each in feature_info]} and channels '
+                         f'{[each["num_chs"] for each in feature_info]}')
+    return tuple(index % count for index in out_indices)

@@ -1,0 +1,122 @@
+"""Key layouts: weights that other projects saved under other names, as the backbone at hand calls them."""
+import math
+import re
+from collections.abc import Mapping
+from functools import singledispatch
+from typing import Any
+
+from mmdet.models.backbones import PyramidVisionTransformer, ResNetV1d, SwinTransformer
+from mmdet.models.backbones.pvt import pvt_convert
+from mmdet.models.backbones.swin import WindowMSA, swin_converter
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+"""Under which keys projects keep the tensors in their checkpoints, the better ones first, as timm does."""
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tensors by key of a checkpoint that may also hold an optimizer, arguments and so on."""
+    for key in WRAPPERS:
+        if isinstance(checkpoint.get(key), Mapping):
+            return checkpoint[key]
+    return checkpoint
+
+
+@singledispatch
+def own_layout(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename (and reshape) the tensors of a foreign checkpoint for ``module``.
+
+    Args:
+        module: a backbone; only its class and its tensors' shapes are looked at. mmdet's own ResNets have
+            torchvision's names, which for a plain ResNet are timm's as well.
+        tensors: by key, in ``module``'s own layout or in one that is known for its class.
+
+    Returns:
+        Tensors by the module's keys. Keys in no known layout pass unchanged.
+    """
+    return dict(tensors)
+
+
+@singledispatch
+def never_pretrained(module: nn.Module) -> tuple[str, ...]:
+    """Beginnings of keys that the checkpoints of classifiers never have for a ``module`` of this class."""
+    return ()
+
+
+def add_layout_hook(module: nn.Module) -> None:
+    """From now on ``module`` loads state dicts in every layout that :func:`own_layout` knows for it.
+
+    The hook goes before all others: those on replaced blocks look weights up under the module's own names.
+    """
+    module.register_load_state_dict_pre_hook(_translate_on_load)
+    hooks = module._load_state_dict_pre_hooks
+    hooks.move_to_end(next(reversed(hooks)), last=False)
+
+
+def _translate_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+    given = state_dict if prefix else unwrap(state_dict)
+    tensors = {key: value for key, value in given.items() if key.startswith(prefix) and isinstance(value, Tensor)}
+    translated = own_layout(module, {key[len(prefix):]: value for key, value in tensors.items()})
+    for key in tensors if prefix else list(state_dict):
+        del state_dict[key]
+    state_dict.update({prefix + key: value for key, value in translated.items()})
+
+
+@own_layout.register
+def _(module: SwinTransformer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Swin's original layout, and timm's, which has a stage's patch merging at the start of the next one."""
+    own = {key.removeprefix('backbone.'): value for key, value in tensors.items()}
+    if any(key.startswith('layers.') for key in own):
+        if not any(key.startswith('layers.0.downsample') for key in own):
+            own = {re.sub(r'^layers\.(\d+)\.downsample', lambda m: f'layers.{int(m[1]) - 1}.downsample', key): value
+                   for key, value in own.items()}
+        own = {key.removeprefix('backbone.'): value for key, value in swin_converter(own).items()
+               if not key.endswith('attn_mask')}
+    for name, attention in module.named_modules():
+        if isinstance(attention, WindowMSA):
+            _fit_window_(own, name, attention.window_size)
+    return own
+
+
+def _fit_window_(tensors: dict[str, Tensor], name: str, window: tuple[int, int]) -> None:
+    """Interpolate the position table of a window attention that was trained with another window size."""
+    table, index = f'{name}.relative_position_bias_table', f'{name}.relative_position_index'
+    if table in tensors:
+        tensors[table] = resize_table(tensors[table], tuple(2 * size - 1 for size in window))
+    if index in tensors and tensors[index].numel() != (window[0] * window[1]) ** 2:
+        del tensors[index]  # places in the table of the other size; the module has its own
+
+
+def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """Interpolate (bicubic) a square table of offsets, shape ``(h·w, heads)``, to ``size``."""
+    if len(table) == size[0] * size[1]:
+        return table
+    side = math.isqrt(len(table))
+    if side * side != len(table):
+        raise ValueError(f'a relative-position table of {len(table)} rows is not square and can\'t be interpolated '
+                         f'to {size[0]}x{size[1]}')
+    square = table.T.reshape(1, -1, side, side)
+    return F.interpolate(square.float(), size, mode='bicubic').to(table).reshape(-1, size[0] * size[1]).T.contiguous()
+
+
+@never_pretrained.register
+def _(module: SwinTransformer) -> tuple[str, ...]:
+    """The norms of the outputs; indices into the position tables, which timm doesn't save."""
+    indices = (f'{name}.relative_position_index' for name, part in module.named_modules() if isinstance(part, WindowMSA))
+    return *(f'norm{index}.' for index in module.out_indices), *indices
+
+
+@own_layout.register
+def _(module: PyramidVisionTransformer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PVT's original layout, which mmdet's class reads where ``convert_weights`` is set."""
+    return dict(pvt_convert(tensors) if module.convert_weights else tensors)
+
+
+@own_layout.register
+def _(module: ResNetV1d, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's layout of a ResNet with a deep stem (``resnet50d``): ``conv1.0 ... conv1.6`` and ``bn1``."""
+    if 'conv1.0.weight' not in tensors:
+        return dict(tensors)
+    return {re.sub(r'^bn1\.', 'stem.7.', re.sub(r'^conv1\.(\d)\.', r'stem.\1.', key)): value
+            for key, value in tensors.items()}

@@ -1,0 +1,121 @@
+"""timm's models: found by name, built for images of any size, and their weights read. timm is imported on first use."""
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+
+SCHEME = 'timm://'
+
+
+def build_timm_model(name: str, **kwargs: Any) -> nn.Module:
+    """Build a timm model without its classifier and, where the model can, for images of any size.
+
+    Args:
+        name: timm's name of the model, with or without a tag (``resnet50.a1_in1k``).
+        **kwargs: whatever ``timm.create_model`` takes for it.
+
+    Raises:
+        ValueError: timm has no such model (the nearest names are suggested), or the model refuses an argument.
+    """
+    import timm
+    architecture = name.partition('.')[0]
+    if not timm.is_model(architecture):
+        known = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(f'timm has no model {name!r}' + (f'; did you mean {", ".join(known)}?' if known else
+                                                          "; timm.list_models('*NAME*') searches"))
+    kwargs = dict(num_classes=0) | kwargs
+    try:
+        return _build_for_any_size(name, kwargs)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f'timm model {name}: {error}') from error
+
+
+def _build_for_any_size(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    import timm
+    try:
+        return timm.create_model(name, **dict(dynamic_img_size=True) | kwargs)
+    except TypeError as error:
+        if 'dynamic_img_size' not in str(error) or 'dynamic_img_size' in kwargs:
+            raise
+    return timm.create_model(name, **kwargs)
+
+
+def read_timm_weights(source: str) -> dict[str, Tensor]:
+    """Read weights for a timm model or in a file format that timm reads, without unpickling code.
+
+    Args:
+        source: a file (``.safetensors`` or PyTorch's), or a model's name with its tag. Files come first:
+            ``<torch hub folder>/checkpoints/<name>.safetensors`` (or ``.pth``), then timm's cache, then its download.
+
+    Raises:
+        FileNotFoundError: neither the file nor a network is there; the message says which file to put where.
+    """
+    from timm.models import load_state_dict
+    files = [Path(source).expanduser(), *(_weights_folder() / f'{source}{end}' for end in ('.safetensors', '.pth'))]
+    for file in files:
+        if file.is_file():
+            return load_state_dict(str(file))
+    if os.sep in source or source.endswith(('.safetensors', '.pth', '.bin')):
+        raise FileNotFoundError(f'{source}: there is no such checkpoint file')
+    return _download(source)
+
+
+def _weights_folder() -> Path:
+    return Path(torch.hub.get_dir()) / 'checkpoints'
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    import timm
+    from timm.models import load_state_dict_from_hf
+    architecture, _, tag = name.partition('.')
+    tags = timm.list_pretrained(f'{architecture}*')
+    if (name if tag else f'{name}.') not in (tags if tag else {f'{each.partition(".")[0]}.' for each in tags}):
+        raise FileNotFoundError(f'timm has no weights {name!r}' + (f'; it has {", ".join(tags[:5])}' if tags else ''))
+    cfg = timm.get_pretrained_cfg(name)
+    try:
+        if cfg.hf_hub_id:
+            return load_state_dict_from_hf(cfg.hf_hub_id, cfg.hf_hub_filename or 'pytorch_model.bin', weights_only=True)
+        return torch.hub.load_state_dict_from_url(cfg.url, map_location='cpu', weights_only=True)
+    except Exception as error:  # network, DNS, HTTP and hub errors come in every class
+        where = f'model.safetensors of {cfg.hf_hub_id}' if cfg.hf_hub_id else Path(cfg.url).name
+        raise FileNotFoundError(
+            f'the weights {name} are not on this machine and can\'t be fetched ({type(error).__name__}); download '
+            f'{where} where there is a network and put it at {_weights_folder() / name}.safetensors, or name the file: '
+            "init_cfg=dict(type='Pretrained', checkpoint=FILE)") from None
+
+
+def timm_layout(name: str, kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Let timm translate ``tensors`` for one of its models: keys of the original project, position embeddings.
+
+    Args:
+        name, kwargs: as the model was built with :func:`build_timm_model`.
+        tensors: by key, in timm's layout or one that it knows.
+
+    Raises:
+        ValueError: timm can't read them, for instance position embeddings of no known grid.
+    """
+    import timm
+    module = sys.modules[timm.model_entrypoint(name.partition('.')[0]).__module__]
+    translate = getattr(module, 'checkpoint_filter_fn', None)
+    if translate is None:
+        return dict(tensors)
+    with torch.device('meta'):  # an untouched model for timm to look at; no memory, no initialisation
+        twin = build_timm_model(name, **kwargs)
+    try:
+        return {key: value for key, value in translate(dict(tensors), twin).items() if isinstance(value, Tensor)}
+    except (RuntimeError, KeyError, AssertionError, ValueError, TypeError) as error:
+        text = re.sub(r'\s+', ' ', str(error))
+        raise ValueError(f'timm can\'t read the weights as {name}\'s: {text[:300]}') from error
+
+
+@CheckpointLoader.register_scheme(prefixes=[SCHEME, r'[^:]*\.safetensors$'])
+def _load(path: str, map_location: Any = 'cpu') -> dict[str, Tensor]:
+    """MMEngine's way to ``timm://NAME``, ``timm://FILE`` and ``FILE.safetensors``, for any model's ``init_cfg``."""
+    return read_timm_weights(path.removeprefix(SCHEME))
