@@ -5,8 +5,8 @@ from rich.table import Table
 from torch import nn
 
 from ..engine import UserError, read_checkpoint
-from ..engine.checkpoint import state_dict_of
 from ..engine.preflight import build_model
+from ..models.layouts import state_dict_of
 from ..replacement import ReplacementReport, adapt_state_dict, find_chains
 from ..replacement.report import describe_blocks
 

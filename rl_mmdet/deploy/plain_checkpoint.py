@@ -7,7 +7,7 @@ from mmengine.config import Config
 from torch import nn
 
 from ..engine import UserError, build_model, check_checkpoint, read_checkpoint
-from ..engine.checkpoint import state_dict_of
+from ..models.layouts import state_dict_of
 from ..replacement import computing_layers, materialize
 
 

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import get_torch_safe_globals
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
+from ..models.layouts import never_pretrained, own_layout, state_dict_of, translates
 from ..replacement import LoadReport, adapt_state_dict
 from .errors import UserError
 
@@ -29,6 +32,8 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
     path = osp.expanduser(path)
     if not osp.isfile(path):
         raise UserError(f'{path}: there is no such checkpoint file')
+    if path.endswith('.safetensors'):
+        return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals(get_torch_safe_globals()):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -49,25 +54,13 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def state_dict_of(checkpoint: Mapping[str, Any], prefix: str = '') -> dict[str, Tensor]:
-    """The tensors of a checkpoint by key, without DDP's ``module.`` and below ``prefix``."""
-    tensors = checkpoint.get('state_dict', checkpoint)
-    prefix = prefix and prefix.rstrip('.') + '.'
-    found = {}
-    for key, value in tensors.items():
-        key = re.sub(r'^module\.', '', key)
-        if isinstance(value, Tensor) and key.startswith(prefix):
-            found[key[len(prefix):]] = value
-    return found
-
-
 def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: Sequence[str] = (),
                      allow_pickle: bool = False) -> LoadReport:
     """Compare a checkpoint with the model that is going to load it.
 
     Explained, and therefore fine: removed blocks' weights (they initialise the computing layers), what lies beside
     the model (an ImageNet classifier's ``fc``), and missing tensors of modules that ImageNet models never have
-    (DCN offsets, plugins).
+    (DCN offsets, plugins, a pyramid's norms). A backbone's weights may be in any layout that it loads.
 
     Args:
         model: the module whose keys the checkpoint (below ``prefix``) should have.
@@ -77,9 +70,13 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
     Raises:
         UserError: a tensor that is missing, left over or of another shape without explanation; the first are named.
     """
-    tensors = state_dict_of(read_checkpoint(path, allow_pickle), prefix)
+    tensors = state_dict_of(read_checkpoint(path, allow_pickle), prefix, wrapped=translates(model))
     if not tensors:
         raise UserError(f'{path}: holds no tensor' + (f' below {prefix!r}' if prefix else ''))
+    try:
+        tensors = own_layout(model, tensors) if translates(model) else tensors
+    except ValueError as error:
+        raise UserError(f'{path}: {error}') from error
     _, report = adapt_state_dict(model, tensors)
     problems = _unexplained(model, report, ignore)
     if problems:
@@ -94,7 +91,7 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
 
 def _unexplained(model: nn.Module, report: LoadReport, ignore: Sequence[str]) -> list[str]:
     roots = {name for name, _ in model.named_children()}
-    new = _modules_without_pretraining(model)
+    new = _modules_without_pretraining(model) + never_pretrained(model)
     problems = {key: f'{key} has shape {old}, the model needs {own}' for key, (old, own) in report.mismatched.items()}
     problems.update({key: f'{key} is missing' for key in report.missing if not key.startswith(new)})
     problems.update({key: f'{key} has no place in the model'
@@ -113,9 +110,18 @@ def _modules_without_pretraining(model: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _read_safetensors(path: str) -> dict[str, Any]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f'{path}: truncated, or not a safetensors file ({error})') from None
+
+
 def _fetch(path: str) -> dict[str, Any]:
     try:
         return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+    except FileNotFoundError as error:  # timm://, which says where it has looked
+        raise UserError(str(error)) from None
     except Exception as error:  # network, DNS, HTTP and hub errors come in every class
         raise UserError(f'{path}: can\'t be fetched ({type(error).__name__}: {error}); download the file where there '
                         'is a network and name it instead, e.g. --cfg-options '

@@ -1,4 +1,5 @@
-'''What an mmdet config names.'''
-from .backbones import RLBackbone, RLResNet, RLResNetV1d, RLResNeXt, RLSwin
+"""What an mmdet config names."""
+from .backbones import RLBackbone, RLResNet, RLResNetV1d, RLResNeXt, RLSwin, RLViT
+from .necks import LN2d, SimpleFPN
 
-__all__ = ['RLBackbone', 'RLResNeXt', 'RLResNet', 'RLResNetV1d', 'RLSwin']
+__all__ = ['LN2d', 'RLBackbone', 'RLResNeXt', 'RLResNet', 'RLResNetV1d', 'RLSwin', 'RLViT', 'SimpleFPN']

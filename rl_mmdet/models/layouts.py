@@ -15,12 +15,25 @@ WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 """Under which keys projects keep the tensors in their checkpoints, the better ones first, as timm does."""
 
 
-def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The tensors by key of a checkpoint that may also hold an optimizer, arguments and so on."""
-    for key in WRAPPERS:
-        if isinstance(checkpoint.get(key), Mapping):
-            return checkpoint[key]
-    return checkpoint
+def state_dict_of(checkpoint: Mapping[str, Any], prefix: str = '', wrapped: bool = False) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by key, without DDP's ``module.`` and below ``prefix``.
+
+    Args:
+        checkpoint: what a checkpoint file holds, which may be an optimizer's state, arguments and so on besides.
+        prefix: what the keys begin with that are wanted, such as ``'backbone'``; it is cut off.
+        wrapped: look for the tensors wherever projects keep them, not only where MMEngine does.
+    """
+    for wrapper in WRAPPERS if wrapped else ('state_dict',):
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+            break
+    prefix = prefix and prefix.rstrip('.') + '.'
+    found = {}
+    for key, value in checkpoint.items():
+        key = re.sub(r'^module\.', '', key)
+        if isinstance(value, Tensor) and key.startswith(prefix):
+            found[key[len(prefix):]] = value
+    return found
 
 
 @singledispatch
@@ -54,11 +67,22 @@ def add_layout_hook(module: nn.Module) -> None:
     hooks.move_to_end(next(reversed(hooks)), last=False)
 
 
+@singledispatch
+def translates(module: nn.Module) -> bool:
+    """Whether ``module`` loads its weights through :func:`own_layout`; MMEngine's own way does not."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    return any(getattr(wrapped, 'hook', None) is _translate_on_load for wrapped in hooks)
+
+
+@translates.register(SwinTransformer)
+@translates.register(PyramidVisionTransformer)
+def _(module: nn.Module) -> bool:
+    return module.convert_weights or translates.dispatch(nn.Module)(module)
+
+
 def _translate_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    given = state_dict if prefix else unwrap(state_dict)
-    tensors = {key: value for key, value in given.items() if key.startswith(prefix) and isinstance(value, Tensor)}
-    translated = own_layout(module, {key[len(prefix):]: value for key, value in tensors.items()})
-    for key in tensors if prefix else list(state_dict):
+    translated = own_layout(module, state_dict_of(state_dict, prefix, wrapped=not prefix))
+    for key in [key for key in state_dict if key.startswith(prefix)]:
         del state_dict[key]
     state_dict.update({prefix + key: value for key, value in translated.items()})
 
@@ -69,6 +93,8 @@ def _(module: SwinTransformer, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     own = {key.removeprefix('backbone.'): value for key, value in tensors.items()}
     if any(key.startswith('layers.') for key in own):
         if not any(key.startswith('layers.0.downsample') for key in own):
+            if not translates.dispatch(nn.Module)(module):
+                raise ValueError('mmdet\'s SwinTransformer doesn\'t read timm\'s layout; RLSwin does')
             own = {re.sub(r'^layers\.(\d+)\.downsample', lambda m: f'layers.{int(m[1]) - 1}.downsample', key): value
                    for key, value in own.items()}
         own = {key.removeprefix('backbone.'): value for key, value in swin_converter(own).items()
@@ -100,11 +126,45 @@ def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(square.float(), size, mode='bicubic').to(table).reshape(-1, size[0] * size[1]).T.contiguous()
 
 
+def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Interpolate (bicubic) absolute positions to ``grid``.
+
+    Args:
+        positions: shape ``(1, h, w, channels)``, or ``(1, n, channels)`` with up to two tokens before the patches of
+            a square grid, which are dropped.
+        grid: rows and columns of patches.
+
+    Returns:
+        Shape ``(1, rows, columns, channels)``.
+
+    Raises:
+        ValueError: the number of positions is that of no square grid.
+    """
+    if positions.ndim == 3:
+        side = math.isqrt(positions.shape[1])
+        if positions.shape[1] - side * side > 2:
+            raise ValueError(f'position embeddings for {positions.shape[1]} tokens are for no square grid of patches '
+                             f'and can\'t be interpolated to {grid[0]}x{grid[1]}')
+        positions = positions[:, -side * side:].unflatten(1, (side, side))
+    if positions.shape[1:3] == grid:
+        return positions
+    channels_first = positions.permute(0, 3, 1, 2).float()
+    resized = F.interpolate(channels_first, grid, mode='bicubic', antialias=True)
+    return resized.permute(0, 2, 3, 1).to(positions).contiguous()
+
+
+def resize_offsets(table: Tensor, size: int) -> Tensor:
+    """Interpolate (linear) the offsets of one axis, shape ``(2·side - 1, channels)``, to ``size`` of them."""
+    if len(table) == size:
+        return table
+    return F.interpolate(table.T[None].float(), size, mode='linear')[0].T.to(table).contiguous()
+
+
 @never_pretrained.register
 def _(module: SwinTransformer) -> tuple[str, ...]:
     """The norms of the outputs; indices into the position tables, which timm doesn't save."""
-    indices = (f'{name}.relative_position_index' for name, part in module.named_modules() if isinstance(part, WindowMSA))
-    return *(f'norm{index}.' for index in module.out_indices), *indices
+    windows = [name for name, part in module.named_modules() if isinstance(part, WindowMSA)]
+    return *(f'norm{index}.' for index in module.out_indices), *(f'{name}.relative_position_index' for name in windows)
 
 
 @own_layout.register

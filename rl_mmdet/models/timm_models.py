@@ -91,12 +91,19 @@ def _download(name: str) -> dict[str, Tensor]:
             "init_cfg=dict(type='Pretrained', checkpoint=FILE)") from None
 
 
-def timm_layout(name: str, kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def untouched(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The timm model without tensors, to look at its keys and shapes; costs no memory and no initialisation."""
+    with torch.device('meta'):
+        return build_timm_model(name, **kwargs)
+
+
+def timm_layout(name: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Let timm translate ``tensors`` for one of its models: keys of the original project, position embeddings.
 
     Args:
-        name, kwargs: as the model was built with :func:`build_timm_model`.
-        tensors: by key, in timm's layout or one that it knows.
+        name: of the model.
+        model: the model, or an :func:`untouched` one.
+        tensors: by key, in a layout that timm knows.
 
     Raises:
         ValueError: timm can't read them, for instance position embeddings of no known grid.
@@ -106,13 +113,13 @@ def timm_layout(name: str, kwargs: Mapping[str, Any], tensors: Mapping[str, Tens
     translate = getattr(module, 'checkpoint_filter_fn', None)
     if translate is None:
         return dict(tensors)
-    with torch.device('meta'):  # an untouched model for timm to look at; no memory, no initialisation
-        twin = build_timm_model(name, **kwargs)
     try:
-        return {key: value for key, value in translate(dict(tensors), twin).items() if isinstance(value, Tensor)}
+        return {key: value for key, value in translate(dict(tensors), model).items() if isinstance(value, Tensor)}
     except (RuntimeError, KeyError, AssertionError, ValueError, TypeError) as error:
+        positions = tensors.get('pos_embed')
+        about = '' if positions is None else f' with position embeddings of shape {tuple(positions.shape)}'
         text = re.sub(r'\s+', ' ', str(error))
-        raise ValueError(f'timm can\'t read the weights as {name}\'s: {text[:300]}') from error
+        raise ValueError(f'timm can\'t read weights{about} as {name}\'s: {text[:200]}') from error
 
 
 @CheckpointLoader.register_scheme(prefixes=[SCHEME, r'[^:]*\.safetensors$'])

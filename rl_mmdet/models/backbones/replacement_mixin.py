@@ -31,7 +31,7 @@ def assertions_named(name: str) -> Iterator[None]:
         yield
     except AssertionError as error:
         failed = traceback.extract_tb(error.__traceback__)[-1].line or ''
-        raise ValueError(f'{name} refuses its arguments: {error or failed.removeprefix("assert ")}') from error
+        raise ValueError(f'{name} refuses its arguments: {str(error) or failed}') from error
 
 
 def check_out_indices(name: str, out_indices: Sequence[int], count: int, what: str = 'stages') -> None:

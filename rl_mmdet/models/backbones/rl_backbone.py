@@ -7,6 +7,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from ...replacement import replace_blocks_
+from ..layouts import add_layout_hook
 from .replacement_mixin import ReplacementMixin, assertions_named
 from .rl_resnet import RLResNet, RLResNetV1d, RLResNeXt
 from .rl_swin import RLSwin
@@ -57,7 +58,10 @@ def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: 
         return cls(**cfg, replacement=replacement)
     with assertions_named(cls.__name__):
         built = cls(**cfg)
-    built.replacement_report = None if replacement is None else replace_blocks_(built, replacement)
+    built.replacement_report = None
+    if replacement is not None:
+        built.replacement_report = replace_blocks_(built, replacement)
+        add_layout_hook(built)
     return built
 
 

@@ -16,6 +16,8 @@ class _RLResNetBase(ReplacementMixin):
                  **kwargs: Any) -> None:
         check_out_indices(type(self).__name__, out_indices, num_stages)
         super().__init__(*args, num_stages=num_stages, out_indices=out_indices, **kwargs)
+        if self.replacement_report is not None:  # without replacement it is the parent, in loading too
+            add_layout_hook(self)
 
 
 @MODELS.register_module()
@@ -33,11 +35,6 @@ class RLResNetV1d(_RLResNetBase, ResNetV1d):
 
     Takes weights in timm's layout, too (``resnet50d`` and its relatives).
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        add_layout_hook(self)
-
 
 @MODELS.register_module()
 class RLResNeXt(_RLResNetBase, ResNeXt):

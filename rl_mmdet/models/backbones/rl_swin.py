@@ -6,7 +6,7 @@ from mmdet.models.backbones import SwinTransformer
 from mmdet.registry import MODELS
 from mmengine.runner import CheckpointLoader
 
-from ..layouts import add_layout_hook
+from ..layouts import add_layout_hook, state_dict_of
 from .replacement_mixin import ReplacementMixin, check_out_indices
 
 
@@ -34,7 +34,4 @@ class RLSwin(ReplacementMixin, SwinTransformer):
             super().init_weights()
             return
         checkpoint = CheckpointLoader.load_checkpoint(self.init_cfg['checkpoint'], map_location='cpu')
-        tensors = checkpoint.get('state_dict', checkpoint)
-        prefix = self.init_cfg.get('prefix') or ('backbone' if any(k.startswith('backbone.') for k in tensors) else '')
-        start = prefix and f'{prefix}.'
-        self.load_state_dict({k[len(start):]: v for k, v in tensors.items() if k.startswith(start)}, strict=False)
+        self.load_state_dict(state_dict_of(checkpoint, self.init_cfg.get('prefix') or '', wrapped=True), strict=False)

@@ -2,15 +2,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from mmengine.model import BaseModule
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layouts import own_layout, unwrap
-from ..timm_models import SCHEME, build_timm_model, timm_layout
+from ..layouts import own_layout, state_dict_of, translates
+from ..timm_models import SCHEME, build_timm_model, timm_layout, untouched
 from .replacement_mixin import ReplacementMixin
 
 
@@ -37,10 +36,12 @@ class TimmBackbone(BaseModule):
 
     Attributes:
         out_channels, out_strides: of each feature map, for the neck's ``in_channels``.
+        patch: what image sides are padded to a multiple of, in pixels: a plain ViT's patch, else 1.
+        pruned: keys of the timm model that no feature map needs.
 
     Shapes:
-        images ``(N, 3, H, W)`` to a tuple of maps ``(N, out_channels[i], H / s, W / s)``, rounded as the model does, with
-        ``s = out_strides[i]``.
+        images ``(N, 3, H, W)`` to a tuple of maps ``(N, out_channels[i], H / s, W / s)`` with ``s = out_strides[i]``,
+        rounded as the model does.
 
     Raises:
         ValueError: unknown model, index, stage or argument; images smaller than the stride or of a size that the
@@ -59,8 +60,10 @@ class TimmBackbone(BaseModule):
         maps = [body.feature_info[index] for index in self.out_indices]
         self.out_channels = [each['num_chs'] for each in maps]
         self.out_strides = [each['reduction'] for each in maps]
-        self._patch = self.out_strides[0] if _is_plain(body.feature_info) else 1
+        self.patch = self.out_strides[0] if _is_plain(body.feature_info) else 1
+        whole = set(body.state_dict())
         body.prune_intermediate_layers(list(self.out_indices), prune_norm=not norm)
+        self.pruned = whole - set(body.state_dict())
         if with_cp:
             body.set_grad_checkpointing(True)
         self.norm_eval = norm_eval
@@ -88,11 +91,7 @@ class TimmBackbone(BaseModule):
         """Load ``init_cfg``'s checkpoint; without one, timm has initialised the weights already."""
         if self.init_cfg is not None and not self.is_init:
             checkpoint = CheckpointLoader.load_checkpoint(self.init_cfg['checkpoint'], map_location='cpu')
-            prefix = self.init_cfg.get('prefix')
-            tensors = unwrap(checkpoint)
-            if prefix:
-                tensors = {key.removeprefix(f'{prefix}.'): value for key, value in tensors.items()
-                           if key.startswith(f'{prefix}.')}
+            tensors = state_dict_of(checkpoint, self.init_cfg.get('prefix') or '', wrapped=True)
             self.load_state_dict(own_layout(self, tensors), strict=False)
         self.is_init = True
 
@@ -102,7 +101,7 @@ class TimmBackbone(BaseModule):
             raise ValueError(f'{self.timm}: images of {height}x{width} pixels are smaller than the stride '
                              f'{max(self.out_strides)} of its last feature map; enlarge them or drop that map from '
                              'out_indices')
-        images = F.pad(images, (0, -width % self._patch, 0, -height % self._patch))
+        images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         try:
             maps = self.body.forward_intermediates(images, indices=list(self.out_indices), norm=self.norm,
                                                    stop_early=True, output_fmt='NCHW', intermediates_only=True)
@@ -137,7 +136,24 @@ class TimmBackbone(BaseModule):
 
 @own_layout.register
 def _(module: TimmBackbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return timm_layout(module.timm, module.kwargs, tensors)
+    """What timm makes of them, without the classifier and what lies behind the last map."""
+    plain = untouched(module.timm, module.kwargs)
+    needed = {key: value for key, value in plain.state_dict().items() if key not in module.pruned}
+    # timm takes some checkpoints without a classifier for an older layout, so it isn't asked about those that fit
+    if not (_fit(needed, tensors) or _fit(module.state_dict(), tensors)):
+        tensors = timm_layout(module.timm, plain, tensors)
+    classifier = plain.pretrained_cfg.get('classifier') or ()
+    head = ('fc_norm.', *(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier)))
+    return {key: value for key, value in tensors.items() if key not in module.pruned and not key.startswith(head)}
+
+
+@translates.register
+def _(module: TimmBackbone) -> bool:
+    return True
+
+
+def _fit(needed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    return all(key in tensors and tensors[key].shape == value.shape for key, value in needed.items())
 
 
 class RLTimmBackbone(ReplacementMixin, TimmBackbone):
@@ -156,7 +172,7 @@ def _check_out_indices(name: str, feature_info: Sequence[Mapping[str, Any]],
         return (count - 1,) if _is_plain(feature_info) else tuple(range(max(0, count - 4), count))
     wrong = [index for index in out_indices if not -count <= index < count]
     if wrong:
-        raise ValueError(f'{name}: out_indices {tuple(out_indices)} has {wrong[0]}, but there are {count} feature maps, '
-                         f'0 to {count - 1}, with strides {[each["reduction"] for each in feature_info]} and channels '
-                         f'{[each["num_chs"] for each in feature_info]}')
+        raise ValueError(f'{name}: out_indices {tuple(out_indices)} has {wrong[0]}, but its {count} feature maps are '
+                         + ', '.join(f'{index} (stride {each["reduction"]}, {each["num_chs"]} channels)'
+                                     for index, each in enumerate(feature_info)))
     return tuple(index % count for index in out_indices)
