@@ -1,13 +1,15 @@
 """Fresh BatchNorm statistics for replaced blocks before the first step."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from mmdet.models.detectors import BaseDetector
 from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ...replacement import recalibrate_norms_, stale_norms
@@ -38,10 +40,8 @@ class RecalibrateNormsHook(Hook):
         mode = model.training
         model.train()
         if stale_norms(model):
-            count = recalibrate_norms_(
-                model, self._batches(runner),
-                run=lambda batch: model.extract_feat(model.data_preprocessor(batch, True)['inputs']),
-                reduce=lambda tensor: all_reduce(tensor, op='mean'))
+            count = recalibrate_norms_(model, self._batches(runner), run=_feature_extractor(model),
+                                       reduce=lambda tensor: all_reduce(tensor, op='mean'))
             print_log(f'recalibrated {count} BatchNorms of replaced blocks on {self.num_batches} batches', 'current')
         model.train(mode)
 
@@ -51,3 +51,18 @@ class RecalibrateNormsHook(Hook):
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(runner.seed or 0))
         mine = order[get_rank()::get_world_size()][:self.num_batches * size].tolist()
         return iter(DataLoader(Subset(loader.dataset, mine), batch_size=size, collate_fn=loader.collate_fn))
+
+
+def _feature_extractor(model: nn.Module) -> Callable[[dict], None]:
+    """What sends a batch through each detector with stale norms: the model, a tracker's own, student and teacher."""
+    detectors = [part for part in model.modules() if isinstance(part, BaseDetector) and stale_norms(part)]
+    inner = [each for each in detectors if not any(other in detectors for other in list(each.modules())[1:])]
+
+    def run(batch: dict) -> None:
+        inputs = model.data_preprocessor(batch, True)['inputs']
+        for images in inputs.values() if isinstance(inputs, Mapping) else [inputs]:  # one for each branch, or all
+            images = images.flatten(0, -4) if images.ndim > 4 else images  # frames of videos are images here
+            for detector in inner:
+                detector.extract_feat(images)
+
+    return run
