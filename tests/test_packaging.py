@@ -3,7 +3,9 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -44,6 +46,24 @@ def wheel(tree):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+@pytest.fixture(scope='module')
+def installed(tree):
+    """A fresh environment with the built wheel and the other packages of this one, without the project's tree."""
+    environment = tree.parent / 'environment'
+    venv.create(environment, symlinks=True)
+    (site,) = environment.glob('lib/python3*/site-packages')
+    with zipfile.ZipFile(build(tree, 'wheel')) as archive:
+        archive.extractall(site)
+    (site / 'others.pth').write_text(sysconfig.get_path('purelib'))
+
+    def run(*arguments):
+        result = subprocess.run([environment / 'bin' / 'python', *arguments], cwd=tree.parent, capture_output=True,
+                                text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    return run, site / 'rl_mmdet' / '.mim'
+
+
 def source_files(folder):
     return {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob('*')
             if path.is_file() and '__pycache__' not in path.parts and '.mim' not in path.parts}
@@ -63,6 +83,35 @@ def test_wheel_holds_copies_for_mim(wheel, folder):
 def test_wheel_holds_model_index_and_nothing_outside_the_package(wheel):
     assert 'rl_mmdet/.mim/model-index.yml' in wheel
     assert {name.split('/')[0] for name in wheel if '.dist-info' not in name} == {'rl_mmdet'}
+
+
+def test_installed_wheel_is_the_one_that_is_imported(installed):
+    run, mim = installed
+    assert run('-c', 'import rl_mmdet; print(rl_mmdet.__file__)').strip().endswith(str(mim.parent / '__init__.py'))
+
+
+def test_installed_wheel_reads_every_config_and_finds_it_in_the_index(installed):
+    run, mim = installed
+    code = """if True:
+        import sys, pathlib, yaml
+        from mmengine.config import Config
+        mim = pathlib.Path(sys.argv[1])
+        configs = {str(p.relative_to(mim)) for p in mim.glob('configs/[a-z]*/*.py')}
+        for config in configs:
+            assert 'model' in Config.fromfile(mim / config), config
+        index = yaml.safe_load((mim / 'model-index.yml').read_text())['Import']
+        listed = {m['Config'] for file in index for m in yaml.safe_load((mim / file).read_text())['Models']}
+        assert listed <= configs, listed - configs
+        print(len(listed))
+    """
+    assert int(run('-c', code, str(mim)).split()[-1]) > 20
+
+
+def test_installed_wheels_tools_take_its_configs(installed):
+    run, mim = installed
+    table = run(mim / 'tools/blocks.py', mim / 'configs/rl_resnet/faster-rcnn_rl-r50-k2_fpn_1x_coco.py')
+    assert table.count('replaced') > 4
+    assert '--work-dir' in run(mim / 'tools/train.py', '--help')
 
 
 def test_sdist_holds_all_that_a_wheel_is_built_from(tree):
