@@ -119,7 +119,9 @@ class ComputingLayer(nn.Module):
         for name, tensor in tensors.items():
             owner, _, slot = name.rpartition('.')
             parameter = nn.Parameter(tensor.clone(), requires_grad=self.learned[name])
-            self.template.get_submodule(owner)._parameters[slot] = parameter
+            module = self.template.get_submodule(owner)
+            module._parameters[slot] = parameter
+            module.__dict__.pop('reset_parameters', None)
         if self.checkpointed:
             self.template.with_cp = True
         return self.template
@@ -138,4 +140,10 @@ def _drop_parameters(block: nn.Module) -> None:
     """Set every parameter slot to None, which initialisers, state dicts and ``parameters()`` all skip."""
     for name, _ in list(all_parameters(block)):
         owner, _, slot = name.rpartition('.')
-        block.get_submodule(owner)._parameters[slot] = None
+        module = block.get_submodule(owner)
+        module._parameters[slot] = None
+        module.reset_parameters = _nothing_to_reset  # torch's own would ask None for its shape
+
+
+def _nothing_to_reset() -> None:
+    """In the place of a template's ``reset_parameters``."""

@@ -401,3 +401,23 @@ def test_computing_layer_forward_after_neighbour_step_uses_the_new_weights(repla
     layer.after(features).square().sum().backward()
     optimizer.step()
     assert not torch.allclose(layer(features), before)
+
+
+def reset_all_(net: nn.Module) -> None:
+    for module in net.modules():
+        if callable(getattr(module, 'reset_parameters', None)):
+            module.reset_parameters()
+
+
+def test_reset_parameters_passes_over_removed_ones(replaced):
+    net = replaced()
+    reset_all_(net)
+    assert net.layer2[1].norm1.weight.eq(1).all()
+    assert net.layer2[2].norm1.weight is None
+
+
+def test_reset_parameters_works_again_in_the_materialized_model(replaced):
+    plain = materialize(replaced())
+    reset_all_(plain)
+    assert plain.layer2[2].norm1.weight.eq(1).all()
+    assert not plain.layer2[2].conv2.bias.eq(replaced().layer2[2].synthesise()['conv2.bias']).all()

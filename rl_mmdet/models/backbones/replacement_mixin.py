@@ -1,10 +1,12 @@
 """What every RL backbone has in common: the argument ``replacement``."""
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ...replacement import replace_blocks_
+from torch import nn
+
+from ...replacement import ReplacementReport, replace_blocks_
 
 
 class ReplacementMixin:
@@ -21,7 +23,19 @@ class ReplacementMixin:
     def __init__(self, *args: Any, replacement: dict | None = None, **kwargs: Any) -> None:
         with assertions_named(type(self).__name__):
             super().__init__(*args, **kwargs)
-        self.replacement_report = None if replacement is None else replace_blocks_(self, replacement)
+        self.replacement_report = None if replacement is None else replace_in_backbone_(self, replacement)
+
+
+def replace_in_backbone_(backbone: nn.Module, replacement: Mapping[str, Any]) -> ReplacementReport:
+    """:func:`~rl_mmdet.replacement.replace_blocks_`, with the backbone's ``frozen_stages`` frozen first.
+
+    Some of mmdet's backbones freeze them no earlier than in ``train()``, and plans leave frozen stages alone.
+    """
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.train()
+    for module, mode in modes:
+        module.training = mode
+    return replace_blocks_(backbone, replacement)
 
 
 @contextmanager

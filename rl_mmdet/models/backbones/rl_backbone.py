@@ -6,9 +6,8 @@ from typing import Any
 from mmdet.registry import MODELS
 from torch import nn
 
-from ...replacement import replace_blocks_
 from ..layouts import add_layout_hook
-from .replacement_mixin import ReplacementMixin, assertions_named
+from .replacement_mixin import ReplacementMixin, assertions_named, replace_in_backbone_
 from .rl_resnet import RLResNet, RLResNetV1d, RLResNeXt
 from .rl_swin import RLSwin
 from .timm_backbone import RLTimmBackbone
@@ -60,7 +59,7 @@ def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: 
         built = cls(**cfg)
     built.replacement_report = None
     if replacement is not None:
-        built.replacement_report = replace_blocks_(built, replacement)
+        built.replacement_report = replace_in_backbone_(built, replacement)
         add_layout_hook(built)
     return built
 
