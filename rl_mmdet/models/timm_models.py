@@ -34,7 +34,8 @@ def build_timm_model(name: str, **kwargs: Any) -> nn.Module:
     try:
         return _build_for_any_size(name, kwargs)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f'timm model {name}: {error}') from error
+        hint = ' (inherited from a base config? then set _delete_=True)' if 'keyword argument' in str(error) else ''
+        raise ValueError(f'timm model {name}: {error}{hint}') from error
 
 
 def _build_for_any_size(name: str, kwargs: dict[str, Any]) -> nn.Module:

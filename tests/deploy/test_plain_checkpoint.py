@@ -52,3 +52,29 @@ def test_plain_checkpoint_with_non_finite_weights_is_refused(trained, tmp_path):
     with pytest.raises(UserError, match='layer3.1: .*non-finite'):
         save_plain_checkpoint(cfg, str(tmp_path / 'broken.pth'), str(tmp_path / 'plain.pth'))
     assert not (tmp_path / 'plain.pth').exists()
+
+
+def only_take(monkeypatch, cfg, side):
+    """Let the config's detector refuse images of all sizes but one."""
+    detector = type(build_model(cfg))
+    extract_feat = detector.extract_feat
+
+    def refuse(self, images):
+        if images.shape[-1] != side:
+            raise ValueError(f'takes {side} pixels')
+        return extract_feat(self, images)
+    monkeypatch.setattr(detector, 'extract_feat', refuse)
+
+
+def test_plain_checkpoint_is_checked_on_a_size_that_the_model_takes(trained, tmp_path, monkeypatch):
+    cfg, _, checkpoint = trained
+    only_take(monkeypatch, cfg, 128)
+    assert save_plain_checkpoint(cfg, checkpoint, str(tmp_path / 'plain.pth')) == 5
+
+
+def test_plain_checkpoint_that_cannot_be_checked_is_not_written(trained, tmp_path, monkeypatch):
+    cfg, _, checkpoint = trained
+    only_take(monkeypatch, cfg, 99)
+    with pytest.raises(UserError, match='none of the image sizes .* suits the model.*takes 99 pixels'):
+        save_plain_checkpoint(cfg, checkpoint, str(tmp_path / 'plain.pth'))
+    assert not (tmp_path / 'plain.pth').exists()

@@ -2,7 +2,6 @@
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from mmdet.models.detectors import BaseDetector
 from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ...replacement import recalibrate_norms_, stale_norms
+from ..detectors import inner_detectors
 
 
 @HOOKS.register_module()
@@ -55,14 +55,13 @@ class RecalibrateNormsHook(Hook):
 
 def _feature_extractor(model: nn.Module) -> Callable[[dict], None]:
     """What sends a batch through each detector with stale norms: the model, a tracker's own, student and teacher."""
-    detectors = [part for part in model.modules() if isinstance(part, BaseDetector) and stale_norms(part)]
-    inner = [each for each in detectors if not any(other in detectors for other in list(each.modules())[1:])]
+    detectors = inner_detectors(model, stale_norms)
 
     def run(batch: dict) -> None:
         inputs = model.data_preprocessor(batch, True)['inputs']
         for images in inputs.values() if isinstance(inputs, Mapping) else [inputs]:  # one for each branch, or all
             images = images.flatten(0, -4) if images.ndim > 4 else images  # frames of videos are images here
-            for detector in inner:
+            for detector in detectors.values():
                 detector.extract_feat(images)
 
     return run

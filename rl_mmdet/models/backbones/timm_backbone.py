@@ -53,6 +53,8 @@ class TimmBackbone(BaseModule):
                  init_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if pretrained and init_cfg is not None:
             raise ValueError(f'{timm}: pretrained=True and init_cfg both say what to start from; leave one out')
+        if init_cfg is not None and (not isinstance(init_cfg, Mapping) or not init_cfg.get('checkpoint')):
+            raise ValueError(f"{timm}: init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {init_cfg!r}")
         super().__init__(dict(type='Pretrained', checkpoint=f'{SCHEME}{timm}') if pretrained else init_cfg)
         body = build_timm_model(timm, **kwargs)
         self.timm, self.kwargs, self.norm = timm, kwargs, norm
