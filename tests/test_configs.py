@@ -1,36 +1,61 @@
 """The configs: what they change, what they replace, what they are called, and where they are listed."""
+import json
 import re
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import mmdet
+import mmengine
 import pytest
 import torch
 import yaml
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [folder for folder in sorted((ROOT / 'configs').iterdir()) if folder.is_dir() and folder.name != '_base_']
 CONFIGS = [path for folder in FOLDERS for path in sorted(folder.glob('*.py'))]
 REPLACED = [path for path in CONFIGS if '_rl-' in path.name]
-OWN_DATA = [path for path in CONFIGS if path.parent.name != 'rl_resnet']
+ZOO = [folder for folder in FOLDERS if folder.name.startswith('rl_')]
+OWN_DATA = [path for path in CONFIGS if path.parent not in ZOO]
 NAME = re.compile(
-    r'[a-z0-9]+(-[a-z0-9]+)*'                                # algorithm
-    r'_((r\d+(-caffe)?)|(rl-r(?P<depth>\d+)(-caffe)?-k(?P<k>\d)))'  # backbone
-    r'_fpn'                                                  # neck
-    r'(_[a-z0-9]+(-[a-z0-9]+)*)*'                            # settings
-    r'_(coco|coco-subset|bccd|digits)\.py')                  # dataset
+    r'[a-z0-9]+(-[a-z0-9]+)*'                                 # algorithm
+    r'_(?P<rl>rl-)?(?P<backbone>[a-z0-9]+(-[a-z0-9]+)*?)(-k(?P<k>\d))?'
+    r'(_(simple-)?fpn)?'                                      # neck
+    r'(_[a-z0-9]+(-[a-z0-9]+)*)*'                             # settings
+    r'_(coco|coco-panoptic|coco-subset|bccd|digits)\.py')     # dataset
+TYPES = {'ResNet': 'RLResNet', 'ResNeXt': 'RLResNeXt', 'SwinTransformer': 'RLSwin', 'CSPNeXt': 'RLBackbone',
+         'RLViT': 'RLViT'}
+OWN_HOOKS = [dict(type='RecalibrateNormsHook'), dict(type='FiniteLossHook')]
 DIFFERENCES = {'custom_imports', 'custom_hooks', 'model.backbone.type', 'model.backbone.replacement',
                'optim_wrapper.constructor'}
-# What "every k-th block" means for (depth, k, whether the first stage is frozen)
+UNDER_ANOTHER_TYPE = {'model.backbone.backbone'}  # RLBackbone also says which backbone
+FROM_OUR_BASELINE = {'custom_hooks', 'model.backbone.replacement'}  # whose backbone is from rl_mmdet already
+# What "every k-th block" means for (backbone, k)
+SWIN = {'stages.2.blocks': [1, 3, 5, 7, 9, 11, 13, 15]}
 EXPECTED = {
-    (34, 2, False): {'layer1': [1], 'layer2': [1], 'layer3': [1, 3], 'layer4': [1]},
-    (50, 2, False): {'layer1': [1], 'layer2': [1], 'layer3': [1, 3], 'layer4': [1]},
-    (50, 2, True): {'layer2': [1], 'layer3': [1, 3], 'layer4': [1]},
-    (50, 4, True): {'layer2': [1], 'layer3': [1], 'layer4': [1]},
-    (101, 2, True): {'layer2': [1], 'layer3': [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21], 'layer4': [1]},
-    (101, 4, True): {'layer2': [1], 'layer3': [1, 5, 9, 13, 17, 21], 'layer4': [1]},
+    ('R-34, no frozen stage', 2): {'layer1': [1], 'layer2': [1], 'layer3': [1, 3], 'layer4': [1]},
+    ('R-50, no frozen stage', 2): {'layer1': [1], 'layer2': [1], 'layer3': [1, 3], 'layer4': [1]},
+    ('R-50', 2): {'layer2': [1], 'layer3': [1, 3], 'layer4': [1]},
+    ('R-50', 4): {'layer2': [1], 'layer3': [1], 'layer4': [1]},
+    ('R-101, no frozen stage', 2): {'layer1': [1], 'layer2': [1], 'layer3': list(range(1, 22, 2)), 'layer4': [1]},
+    ('R-101', 2): {'layer2': [1], 'layer3': [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21], 'layer4': [1]},
+    ('R-101', 4): {'layer2': [1], 'layer3': [1, 5, 9, 13, 17, 21], 'layer4': [1]},
+    ('X-101-32x4d', 2): {'layer2': [1], 'layer3': list(range(1, 22, 2)), 'layer4': [1]},
+    ('X-101-64x4d', 2): {'layer2': [1], 'layer3': list(range(1, 22, 2)), 'layer4': [1]},
+    ('Swin-T', 2): {'stages.2.blocks': [1, 3]},
+    ('Swin-S', 2): SWIN,
+    ('Swin-L', 2): SWIN,
+    ('Swin-L, window 12', 2): SWIN,
+    ('CSPNeXt-M', 2): {'stage2.1.blocks': [1], 'stage3.1.blocks': [1]},
+    ('CSPNeXt-L', 2): {'stage1.1.blocks': [1], 'stage2.1.blocks': [1, 3], 'stage3.1.blocks': [1, 3],
+                       'stage4.2.blocks': [1]},
+    ('CSPNeXt-X', 2): {'stage1.1.blocks': [1], 'stage2.1.blocks': [1, 3, 5], 'stage3.1.blocks': [1, 3, 5],
+                       'stage4.2.blocks': [1]},
+    ('ViT-B', 2): {'blocks': [1, 3, 5, 7, 9]},
+    ('ViT-L', 2): {'blocks': list(range(2, 23, 2))},  # global attention is in every sixth block: none is replaced
 }
 
 
@@ -40,7 +65,14 @@ def stem(path):
 
 @cache
 def load(path):
-    return Config.fromfile(path)
+    """A config. MMEngine would read all of MMDetection's metafiles at every ``mmdet::``: once is enough."""
+    with patch('mmengine.config.utils.load', read_once):
+        return Config.fromfile(path)
+
+
+@cache
+def read_once(path):
+    return mmengine.load(path)
 
 
 def baseline_of(path):
@@ -55,23 +87,57 @@ def baseline_of(path):
 
 def flat(node, prefix=''):
     """Settings by dotted key. ``_scope_`` is how MMEngine notes that a base came from ``mmdet::``."""
-    if prefix in DIFFERENCES or not isinstance(node, (dict, list, tuple)):
+    if prefix in DIFFERENCES | UNDER_ANOTHER_TYPE or not isinstance(node, (dict, list, tuple)):
         return {prefix: node}
     node = node if isinstance(node, dict) else dict(enumerate(node))
     return {key: value for name, child in node.items() if name != '_scope_'
             for key, value in flat(child, f'{prefix}.{name}' if prefix else name).items()}
 
 
+def called(path):
+    """What a config's backbone is called in READMEs and in ``EXPECTED``."""
+    backbone = load(path).model.backbone
+    match backbone.get('backbone', load(baseline_of(path)).model.backbone.type):
+        case 'SwinTransformer':
+            name = {(96, 6): 'Swin-T', (96, 18): 'Swin-S', (192, 18): 'Swin-L'}[backbone.embed_dims, backbone.depths[2]]
+            return name if backbone.window_size == 7 else f'{name}, window {backbone.window_size}'
+        case 'CSPNeXt':
+            return {.67: 'CSPNeXt-M', 1: 'CSPNeXt-L', 1.33: 'CSPNeXt-X'}[backbone.deepen_factor]
+        case 'RLViT':
+            return {'base': 'ViT-B', 'large': 'ViT-L'}[backbone.arch]
+        case 'ResNeXt':
+            name = f'X-{backbone.depth}-{backbone.groups}x{backbone.base_width}d'
+        case 'ResNet':
+            name = f'R-{backbone.depth}'
+    return name if backbone.get('frozen_stages', -1) >= 1 else f'{name}, no frozen stage'
+
+
+def in_names(backbone):
+    """How file names spell a backbone: ``r50`` for R-50, and an RTMDet's size alone, as MMDetection does."""
+    return re.sub('^([rx])-', r'\1', backbone.partition(',')[0].lower()).removeprefix('cspnext-')
+
+
+class LinspaceOnCPU(TorchFunctionMode):
+    """Swin reads drop-path rates out of a tensor while it is built."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        default = {'device': 'cpu'} if func is torch.linspace else {}
+        return func(*args, **default | (kwargs or {}))
+
+
 @cache
-def replaced_blocks(backbone):
-    """What a backbone's config, as text, replaces; built without memory for weights, and equal ones once."""
-    cfg = Config.fromstring(backbone, '.py').backbone
-    with torch.device('meta'):
-        return MODELS.build(dict(cfg, init_cfg=None)).replacement_report
+def built(backbone):
+    """A backbone from its config as text: without memory for weights, and equal ones once."""
+    with torch.device('meta'), LinspaceOnCPU():
+        return MODELS.build(dict(json.loads(backbone), init_cfg=None))
+
+
+def build(path):
+    return built(json.dumps(load(path).model.backbone.to_dict()))
 
 
 def report(path):
-    return replaced_blocks(Config(dict(backbone=load(path).model.backbone)).pretty_text)
+    return build(path).replacement_report
 
 
 def listed(folder):
@@ -90,33 +156,60 @@ def test_config_has_a_model_data_and_a_schedule(path):
 @pytest.mark.parametrize('path', CONFIGS, ids=stem)
 def test_name_follows_the_convention(path):
     match = NAME.fullmatch(path.name)
-    backbone = load(path).model.backbone
     assert match is not None
-    assert (match['k'] is not None) == ('replacement' in backbone)
-    if match['k']:
-        assert backbone.depth == int(match['depth'])
-        assert backbone.replacement == dict(plan=dict(type='EveryKth', k=int(match['k'])))
+    assert (match['rl'] is not None) == (match['k'] is not None) == ('replacement' in load(path).model.backbone)
+
+
+@pytest.mark.parametrize('path', REPLACED, ids=stem)
+def test_name_says_which_backbone_and_which_plan(path):
+    match = NAME.fullmatch(path.name)
+    backbone = called(path)
+    assert re.sub('-caffe|-p4-w7|-mae', '', match['backbone']) == in_names(backbone)
+    assert ('-caffe' in match['backbone']) == (load(path).model.backbone.get('style') == 'caffe')
+    offset = dict(offset=0) if backbone == 'ViT-L' else {}
+    assert load(path).model.backbone.replacement == dict(plan=dict(type='EveryKth', k=int(match['k']), **offset))
 
 
 @pytest.mark.parametrize('path', REPLACED, ids=stem)
 def test_replaced_config_differs_from_its_baseline_only_in_the_replacement(path):
     ours, baseline = flat(load(path).to_dict()), flat(load(baseline_of(path)).to_dict())
-    assert {key for key in ours | baseline if ours.get(key) != baseline.get(key)} == DIFFERENCES
+    expected = DIFFERENCES
+    if ours['model.backbone.type'] == 'RLBackbone':
+        expected = DIFFERENCES | UNDER_ANOTHER_TYPE
+        assert ours['model.backbone.backbone'] == baseline['model.backbone.type']
+    if baseline['model.backbone.type'].startswith('RL'):
+        expected = FROM_OUR_BASELINE
+    assert {key for key in ours | baseline if ours.get(key) != baseline.get(key)} == expected
 
 
 @pytest.mark.parametrize('path', REPLACED, ids=stem)
 def test_replaced_config_has_what_replacement_learning_needs(path):
-    cfg = load(path)
-    assert cfg.model.backbone.type == 'RLResNet'
-    assert cfg.optim_wrapper.constructor == 'RLOptimWrapperConstructor'
-    assert [hook.type for hook in cfg.custom_hooks] == ['RecalibrateNormsHook', 'FiniteLossHook']
+    cfg, baseline = load(path), load(baseline_of(path))
+    vit = baseline.model.backbone.type == 'RLViT'
+    assert cfg.model.backbone.type == TYPES[baseline.model.backbone.type]
+    assert cfg.optim_wrapper.constructor == ('RLLayerDecayOptimWrapperConstructor' if vit
+                                             else 'RLOptimWrapperConstructor')
+    assert cfg.custom_imports == dict(imports=['rl_mmdet'], allow_failed_imports=False)
+
+
+@pytest.mark.parametrize('path', REPLACED, ids=stem)
+def test_no_hook_of_the_baseline_is_lost(path):
+    baseline = load(baseline_of(path)).get('custom_hooks', [])
+    assert flat(load(path).custom_hooks) == flat([*baseline, *OWN_HOOKS])
 
 
 @pytest.mark.parametrize('path', REPLACED, ids=stem)
 def test_backbone_replaces_every_kth_block(path):
-    backbone = load(path).model.backbone
-    key = backbone.depth, backbone.replacement.plan.k, backbone.frozen_stages >= 1
-    assert report(path).replaced == EXPECTED[key]
+    assert report(path).replaced == EXPECTED[called(path), load(path).model.backbone.replacement.plan.k]
+
+
+@pytest.mark.parametrize('path', [path for path in CONFIGS if re.search(r'_\d+xb\d', path.name)], ids=stem)
+def test_name_says_how_many_gpus_and_images(path):
+    gpus, images = map(int, re.search(r'_(\d+)xb(\d+)', path.name).groups())
+    cfg = load(path)
+    assert cfg.train_dataloader.batch_size == images
+    # As MMDetection has it; for RTMDet that is schedule_1x's number, against which its README warns.
+    assert cfg.auto_scale_lr.base_batch_size == (16 if path.parent.name == 'rl_rtmdet' else gpus * images)
 
 
 @pytest.mark.parametrize('path', OWN_DATA, ids=stem)
@@ -133,29 +226,57 @@ def test_readme_lists_every_config_of_its_folder(folder):
     assert sorted(listed(folder)) == sorted(path.name for path in folder.glob('*.py'))
 
 
-def test_readme_counts_replaced_blocks_and_parameters():
-    rows = re.findall(r'\| (R-\d+) \| (\d) \| (\d+) of (\d+) \| ([\d.]+) M of ([\d.]+) M \|',
-                      (ROOT / 'configs/rl_resnet/README.md').read_text())
-    assert len(rows) == 4
-    for backbone, k, replaced, blocks, ours, baseline in rows:
-        path = ROOT / f'configs/rl_resnet/faster-rcnn_rl-{backbone.replace("-", "").lower()}-k{k}_fpn_1x_coco.py'
-        counted = report(path)
-        with torch.device('meta'):
-            plain = MODELS.build(dict(load(baseline_of(path)).model.backbone, init_cfg=None))
-        before = sum(parameter.numel() for parameter in plain.parameters())
-        after = before - counted.removed_parameters + counted.learnable
-        assert (int(replaced), int(blocks)) == (sum(row.replaced for row in counted.rows), len(counted.rows))
-        assert (ours, baseline) == (f'{after / 1e6:.2f}', f'{before / 1e6:.2f}')
+@pytest.mark.parametrize('folder', ZOO, ids=lambda folder: folder.name)
+def test_readme_counts_replaced_blocks_and_parameters(folder):
+    rows = re.findall(r'\| (\S+(?:, [a-z0-9 ]+)?) \| (\d) \| (\d+ of \d+) \| ([\d.]+ M of [\d.]+ M) \|',
+                      (folder / 'README.md').read_text())
+    assert len(rows) == len(set(rows))
+    counted = set()
+    for path in REPLACED:
+        if path.parent == folder:
+            before = sum(parameter.numel() for parameter in build(baseline_of(path)).parameters())
+            after = before - report(path).removed_parameters + report(path).learnable
+            blocks = f'{sum(row.replaced for row in report(path).rows)} of {len(report(path).rows)}'
+            counted.add((called(path), str(load(path).model.backbone.replacement.plan.k), blocks,
+                         f'{after / 1e6:.2f} M of {before / 1e6:.2f} M'))
+    assert set(rows) == counted
 
 
-def test_metafile_lists_every_config_and_claims_nothing():
-    folder = ROOT / 'configs/rl_resnet'
+@pytest.mark.parametrize('folder', ZOO, ids=lambda folder: folder.name)
+def test_metafile_lists_every_config_and_claims_nothing(folder):
     meta = yaml.safe_load((folder / 'metafile.yml').read_text())
     [collection] = meta['Collections']
-    assert (ROOT / collection['README']).is_file()
+    assert collection['README'] == (folder / 'README.md').relative_to(ROOT).as_posix()
     assert sorted(model['Config'] for model in meta['Models']) == sorted(
         path.relative_to(ROOT).as_posix() for path in folder.glob('*.py'))
     for model in meta['Models']:
         assert model['Name'] == Path(model['Config']).stem
         assert model['In Collection'] == collection['Name']
         assert not {'Results', 'Weights'} & set(model)
+
+
+def test_model_index_imports_every_metafile_and_names_are_unique():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    assert index['Import'] == [f'configs/{folder.name}/metafile.yml' for folder in ZOO]
+    metas = [yaml.safe_load((ROOT / file).read_text()) for file in index['Import']]
+    for names in ([collection['Name'] for meta in metas for collection in meta['Collections']],
+                  [model['Name'] for meta in metas for model in meta['Models']]):
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize('folder', ZOO, ids=lambda folder: folder.name)
+def test_commands_in_readme_name_tools_and_configs_that_exist(folder):
+    files = re.findall(r'^(?:python|bash) (\S+) (\S+)', (folder / 'README.md').read_text(), re.MULTILINE)
+    assert len(files) == 3
+    for tool, config in files:
+        assert (ROOT / tool).is_file()
+        assert (ROOT / config).parent == folder and (ROOT / config).is_file()
+
+
+@pytest.mark.parametrize('size', ['tiny', 's'])
+def test_small_rtmdets_have_no_block_to_replace(size):
+    """Their stages have one or two blocks: that is why there are no such configs."""
+    baseline = load(Path(mmdet.__file__).parent / f'.mim/configs/rtmdet/rtmdet_{size}_8xb32-300e_coco.py')
+    with torch.device('meta'), pytest.raises(ValueError, match='no chain of blocks|replaces no block of this model'):
+        MODELS.build(dict(baseline.model.backbone, type='RLBackbone', backbone='CSPNeXt', init_cfg=None,
+                          replacement=dict(plan=dict(type='EveryKth', k=2))))

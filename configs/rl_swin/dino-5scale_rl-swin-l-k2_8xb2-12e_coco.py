@@ -1,0 +1,3 @@
+_base_ = ['mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py', '../_base_/replacement.py']
+model = dict(backbone=dict(type='RLSwin', replacement=dict(plan=dict(type='EveryKth', k=2))))
+optim_wrapper = dict(constructor='RLOptimWrapperConstructor')
