@@ -40,7 +40,7 @@ def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool =
         residual = residuals.get(row.name)
         table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}',
                       '[bold]replaced[/]' if row.replaced else 'kept',
-                      f'{row.before}, {row.after}' if row.replaced else '',
+                      ', '.join((row.before, row.after, *row.others)) if row.replaced else '',
                       '' if residual is None else f'{residual:.3f}',
                       "can't be replaced: " + row.reason if row.reason and not row.replaced else '')
     return table

@@ -17,6 +17,7 @@ class BlockRow:
         parameters: number of its own parameters (of the removed ones for a replaced block).
         replaced: whether a computing layer stands there.
         before, after: names of the nearest kept blocks that it takes its weights from.
+        others: names of kept blocks further away that give it the tensors which have another size in those two.
         reason: why it can't be replaced, None if it can.
     """
     chain: str
@@ -27,6 +28,7 @@ class BlockRow:
     replaced: bool = False
     before: str | None = None
     after: str | None = None
+    others: tuple[str, ...] = ()
     reason: str | None = None
 
 
@@ -67,7 +69,8 @@ class ReplacementReport:
 
 def _describe(row: BlockRow) -> str:
     if row.replaced:
-        return f'replaced, from {row.before} and {row.after}'
+        others = f'; tensors of another size there from {" and ".join(row.others)}' if row.others else ''
+        return f'replaced, from {row.before} and {row.after}{others}'
     return 'kept' if row.reason is None else f'kept, can\'t be replaced: {row.reason}'
 
 
@@ -81,7 +84,9 @@ def describe_blocks(chains: dict[str, Chain], choice: dict[str, list[int]]) -> t
                        parameters=_count(block), reason=chain.why_not(index))
             if index in chosen:
                 before, after = chain.neighbours(index, chosen)
-                row.update(replaced=True, before=chain.block_name(before), after=chain.block_name(after))
+                used = {i for sides in chain.sources(index, chosen).values() for i in sides if i is not None}
+                row.update(replaced=True, before=chain.block_name(before), after=chain.block_name(after),
+                           others=tuple(chain.block_name(i) for i in sorted(used - {before, after})))
             rows.append(BlockRow(**row))
     return tuple(rows)
 

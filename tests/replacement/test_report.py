@@ -1,5 +1,7 @@
 """The report: what was replaced, by whom, and why other blocks were not."""
 import pytest
+import torch
+from torch import nn
 
 from rl_mmdet.replacement import Blocks, replace_blocks_
 
@@ -74,3 +76,14 @@ def test_str_has_one_line_per_block(report):
     assert lines[1] == '  layer1.1 (Unit): replaced, from layer1.0 and layer1.2'
     assert lines[4] == '  layer2.1 (Unit): kept'
     assert len(lines) == 9
+
+
+def test_rows_name_the_blocks_further_away_whose_tensors_are_used(toy_net):
+    net = toy_net()
+    for index, size in enumerate((7, 7, 9, 7, 7, 9)):
+        net.layer2[index].table = nn.Parameter(torch.zeros(size))
+    report = replace_blocks_(net, dict(plan=Blocks({'layer2': [1, 3]})))
+    rows = {row.name: row for row in report.rows if row.replaced}
+    assert rows['layer2.1'].others == ('layer2.4',)
+    assert rows['layer2.3'].others == ('layer2.0',)
+    assert 'from layer2.2 and layer2.4; tensors of another size there from layer2.0' in str(report)
