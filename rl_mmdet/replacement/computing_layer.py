@@ -1,5 +1,6 @@
 """The computing layer: the module that stands where a block was."""
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,9 +98,18 @@ class ComputingLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same inputs, outputs and shapes as the removed block."""
+        return self._run('forward', *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The removed block's other ways forward, such as ``rfp_forward`` of DetectoRS, on the fused tensors."""
+        if 'forward' in name and '_blocks' in self.__dict__ and callable(getattr(type(self.template), name, None)):
+            return partial(self._run, name)
+        return super().__getattr__(name)
+
+    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self.gradient.run, self, *args, use_reentrant=False, **kwargs)
-        return self.gradient.run(self, *args, **kwargs)
+            return checkpoint(self.gradient.run, self, method, *args, use_reentrant=False, **kwargs)
+        return self.gradient.run(self, method, *args, **kwargs)
 
     def train(self, mode: bool = True) -> 'ComputingLayer':
         self.template.training = mode

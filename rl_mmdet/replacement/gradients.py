@@ -25,10 +25,13 @@ class Gradient:
             raise ValueError(f'unknown mode {mode!r}; allowed: {", ".join(self.MODES)}')
         self.mode = mode
 
-    def run(self, layer: 'ComputingLayer', *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward by plain autograd: synthesise every tensor, then run the operator on them."""
+    def run(self, layer: 'ComputingLayer', method: str, *args: Any, **kwargs: Any) -> Any:
+        """The layer's ``method``, in general ``'forward'``, by plain autograd.
+
+        Synthesise every tensor, then run the operator on them.
+        """
         tensors = layer.synthesise(detach=self.mode == 'detached')
-        return layer.operator(layer.template, tensors, *args, **kwargs)
+        return layer.operator(layer.template, tensors, method, *args, **kwargs)
 
     def __repr__(self) -> str:
         return f'Gradient(mode={self.mode!r})'

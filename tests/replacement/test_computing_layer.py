@@ -421,3 +421,23 @@ def test_reset_parameters_works_again_in_the_materialized_model(replaced):
     reset_all_(plain)
     assert plain.layer2[2].norm1.weight.eq(1).all()
     assert not plain.layer2[2].conv2.bias.eq(replaced().layer2[2].synthesise()['conv2.bias']).all()
+
+
+def double_forward(self, x: Tensor) -> Tensor:
+    return 2 * self.norm1(self.conv1(x))
+
+
+@pytest.mark.parametrize('mode', ['detached', 'coupled'])
+def test_other_forward_methods_of_the_block_run_on_the_fused_tensors(replaced, mode, monkeypatch):
+    net, features = replaced(mode).eval(), torch.randn(2, 4, 4, 4)
+    monkeypatch.setattr(type(net.layer2[1]), 'double_forward', double_forward, raising=False)
+    out = net.layer2[2].double_forward(features)
+    torch.testing.assert_close(out, materialize(net).layer2[2].double_forward(features))
+    out.square().sum().backward()
+    assert net.layer2[2].coeff.grad.abs().min() > 0
+    assert (net.layer2[1].conv1.weight.grad is not None) == (mode == 'coupled')
+
+
+def test_attributes_that_the_block_lacks_are_missing(replaced):
+    with pytest.raises(AttributeError, match="'ComputingLayer' object has no attribute 'other_forward'"):
+        _ = replaced().layer2[2].other_forward
