@@ -2,6 +2,7 @@
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -43,6 +44,11 @@ class Chain:
         """Nothing in the chain learns, so there is nothing to save by replacing."""
         return not any(parameter.requires_grad for block in self.blocks for parameter in block.parameters())
 
+    @cached_property
+    def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """Of every block's parameters, by name, as they were when first asked for: before any block is replaced."""
+        return [{name: tuple(p.shape) for name, p in all_parameters(block)} for block in self.blocks]
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -62,7 +68,7 @@ class Chain:
         the right size: blocks with global and with windowed attention have position tables of two sizes. A tensor
         for which only one side has one is taken from that side (method.md, RL-v1).
         """
-        shapes = [_shapes(block) for block in self.blocks]
+        shapes = self._shapes
         kept = [i for i in range(len(shapes)) if i not in replaced and i != index]
         before, after = [i for i in reversed(kept) if i < index], [i for i in kept if i > index]
 
@@ -83,7 +89,7 @@ class Chain:
         sources = self.sources(index, replaced)
         for name, sides in sources.items():
             if sides == (None, None):
-                shape = tuple(self.blocks[index].get_parameter(name).shape)
+                shape = self._shapes[index][name]
                 return (f'{name} {shape} has no tensor of its shape in a kept block of its stage, such as '
                         f'{self.block_name(before)} or {self.block_name(after)}')
         for side, where in enumerate(('before', 'after')):
@@ -100,10 +106,6 @@ def _children(container: nn.Module) -> tuple[list[str], list[nn.Module]]:
     """Names and modules of a container's children, a module that stands twice included."""
     named = [(key, child) for key, child in container._modules.items() if child is not None]
     return [key for key, _ in named], [child for _, child in named]
-
-
-def _shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in all_parameters(block)}
 
 
 def all_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
