@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from mmcv.cnn.bricks.conv_ws import ConvAWS2d
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import get_torch_safe_globals
 from safetensors import SafetensorError
@@ -100,9 +101,11 @@ def _unexplained(model: nn.Module, report: LoadReport, ignore: Sequence[str]) ->
 
 
 def _modules_without_pretraining(model: nn.Module) -> tuple[str, ...]:
-    """Key prefixes of deformable convolutions' offsets and of block plugins."""
+    """Key prefixes of deformable convolutions' offsets, of block plugins, and of what ConvAWS makes of its weights."""
     names = []
     for name, module in model.named_modules():
+        if isinstance(module, ConvAWS2d):
+            names += [f'{name}.weight_gamma', f'{name}.weight_beta']
         if name.endswith('conv_offset'):
             names.append(f'{name}.')
         for position in ('after_conv1', 'after_conv2', 'after_conv3'):

@@ -131,7 +131,8 @@ class ComputingLayer(nn.Module):
             parameter = nn.Parameter(tensor.clone(), requires_grad=self.learned[name])
             module = self.template.get_submodule(owner)
             module._parameters[slot] = parameter
-            module.__dict__.pop('reset_parameters', None)
+            for method in ('reset_parameters', '_load_from_state_dict'):
+                module.__dict__.pop(method, None)
         if self.checkpointed:
             self.template.with_cp = True
         return self.template
@@ -153,6 +154,13 @@ def _drop_parameters(block: nn.Module) -> None:
         module = block.get_submodule(owner)
         module._parameters[slot] = None
         module.reset_parameters = _nothing_to_reset  # torch's own would ask None for its shape
+        if loads_its_own_way(module):  # and such a loader would ask None for its statistics
+            module._load_from_state_dict = partial(nn.Module._load_from_state_dict, module)
+
+
+def loads_its_own_way(module: nn.Module) -> bool:
+    """Whether the module's class has a loader that isn't torch's, as convolutions with weight standardisation have."""
+    return not type(module)._load_from_state_dict.__module__.startswith('torch.')
 
 
 def _nothing_to_reset() -> None:

@@ -1,4 +1,5 @@
 """A baseline checkpoint into a replaced model: the removed blocks' weights become the fusions' starting values."""
+import copy
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -6,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .computing_layer import ComputingLayer
+from .computing_layer import ComputingLayer, loads_its_own_way
 from .fusions import Fit, Pair
 
 logger = logging.getLogger('rl_mmdet')
@@ -59,6 +60,7 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
     adapted = dict(state_dict)
     report = LoadReport()
     for name, layer in _computing_layers(model):
+        adapted.update(_own_buffers(layer, state_dict, f'{prefix}{name}.'))
         fit = _fit(model, name, layer, state_dict, prefix)
         if fit is None:
             continue
@@ -126,6 +128,23 @@ def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[st
         if target is not None and any(side is not None for side in pair):
             targets[tensor], pairs[tensor] = target, pair
     return layer.fusion.fit(targets, pairs) if targets else None
+
+
+def _own_buffers(layer: ComputingLayer, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Buffers that some modules make of their weights when they load: those of the removed block, from its weights."""
+    made = {}
+    for path, module in list(layer.template.named_modules()):
+        start = f'{prefix}{path}.' if path else prefix
+        shapes = {slot: layer.shapes.get(f'{path}.{slot}' if path else slot) for slot in module._parameters}
+        slots = [slot for slot, shape in shapes.items() if shape == getattr(state_dict.get(start + slot), 'shape', 0)]
+        if not slots or not loads_its_own_way(module):
+            continue
+        twin = copy.copy(module)
+        twin._parameters = {slot: nn.Parameter(state_dict[start + slot].clone()) for slot in slots}
+        twin._buffers = {name: buffer.clone() for name, buffer in module._buffers.items()}
+        type(module)._load_from_state_dict(twin, dict(state_dict), start, {}, False, [], [], [])
+        made.update({start + name: buffer for name, buffer in twin._buffers.items()})
+    return made
 
 
 def _compare(model: nn.Module, state_dict: dict[str, Any], prefix: str, report: LoadReport) -> None:
