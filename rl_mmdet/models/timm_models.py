@@ -33,7 +33,7 @@ def build_timm_model(name: str, **kwargs: Any) -> nn.Module:
     kwargs = dict(num_classes=0) | kwargs
     try:
         return _build_for_any_size(name, kwargs)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, RuntimeError) as error:
         hint = ' (inherited from a base config? then set _delete_=True)' if 'keyword argument' in str(error) else ''
         raise ValueError(f'timm model {name}: {error}{hint}') from error
 

@@ -222,7 +222,7 @@ def test_weights_without_init_cfg_are_timms_initial_ones(assert_same_state):
 
 def test_weights_that_need_code_are_not_read(tmp_path):
     torch.save({'conv1.weight': torch.zeros(1), 'made_by': os.path.join}, tmp_path / 'x.pth')
-    with pytest.raises(RuntimeError, match='posixpath.join'):
+    with pytest.raises(RuntimeError, match='path.join'):
         read_timm_weights(str(tmp_path / 'x.pth'))
 
 

@@ -54,3 +54,15 @@ def check_out_indices(name: str, out_indices: Sequence[int], count: int, what: s
     if wrong:
         raise ValueError(f'{name}: out_indices {tuple(out_indices)} has {wrong[0]}, but there are {count} {what}; '
                          f'allowed: 0 to {count - 1}')
+
+
+def check_frozen_stages(name: str, frozen_stages: int, count: int) -> None:
+    """Raise a ValueError for more frozen stages than there are."""
+    if frozen_stages > count:
+        raise ValueError(f'{name}: frozen_stages={frozen_stages}, but there are {count} stages; allowed: -1 to {count}')
+
+
+def check_init_cfg(name: str, init_cfg: Any) -> None:
+    """Raise a ValueError where a backbone that initialises itself is given anything but a checkpoint or None."""
+    if init_cfg is not None and (not isinstance(init_cfg, Mapping) or not init_cfg.get('checkpoint')):
+        raise ValueError(f"{name}: init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {init_cfg!r}")

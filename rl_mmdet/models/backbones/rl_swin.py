@@ -1,5 +1,5 @@
 """Swin Transformer with Replacement Learning."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmdet.models.backbones import SwinTransformer
@@ -7,7 +7,7 @@ from mmdet.registry import MODELS
 from mmengine.runner import CheckpointLoader
 
 from ..layouts import add_layout_hook, state_dict_of
-from .replacement_mixin import ReplacementMixin, check_out_indices
+from .replacement_mixin import ReplacementMixin, check_frozen_stages, check_init_cfg, check_out_indices
 
 
 @MODELS.register_module()
@@ -23,9 +23,12 @@ class RLSwin(ReplacementMixin, SwinTransformer):
     """
 
     def __init__(self, *args: Any, depths: Sequence[int] = (2, 2, 6, 2), out_indices: Sequence[int] = (0, 1, 2, 3),
-                 **kwargs: Any) -> None:
+                 frozen_stages: int = -1, init_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         check_out_indices(type(self).__name__, out_indices, len(depths))
-        super().__init__(*args, depths=depths, out_indices=out_indices, **kwargs)
+        check_frozen_stages(type(self).__name__, frozen_stages, len(depths))
+        check_init_cfg(type(self).__name__, init_cfg)
+        super().__init__(*args, depths=depths, out_indices=out_indices, frozen_stages=frozen_stages, init_cfg=init_cfg,
+                         **kwargs)
         add_layout_hook(self)
 
     def init_weights(self) -> None:

@@ -52,7 +52,7 @@ class ViTDet(TimmBackbone):
         sizes = _sizes(arch)
         depth = sizes['depth']
         if global_attn_indexes is None:
-            global_attn_indexes = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+            global_attn_indexes = sorted({max(depth * quarter // 4 - 1, 0) for quarter in (1, 2, 3, 4)})
         wrong = [index for index in global_attn_indexes if not 0 <= index < depth]
         if wrong:
             raise ValueError(f'global_attn_indexes {list(global_attn_indexes)} has {wrong[0]}, but the blocks are 0 to '

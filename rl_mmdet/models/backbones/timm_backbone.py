@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layouts import own_layout, state_dict_of, translates
 from ..timm_models import SCHEME, build_timm_model, timm_layout, untouched
-from .replacement_mixin import ReplacementMixin
+from .replacement_mixin import ReplacementMixin, check_init_cfg
 
 
 class TimmBackbone(BaseModule):
@@ -21,8 +21,8 @@ class TimmBackbone(BaseModule):
 
     Args:
         timm: name of a timm model, e.g. ``'convnext_tiny'``, with or without a tag.
-        out_indices: which of its feature maps to give, from -1 for the last; by default the last four of a model
-            with a pyramid, and the last one of a model whose maps all have one stride (plain ViTs).
+        out_indices: which of its feature maps to give, in the model's order, -1 for the last; by default the last
+            four of a model with a pyramid, and the last of a model whose maps all have one stride (plain ViTs).
         norm: apply the model's final norm to plain ViT's maps.
         frozen_stages: stages that don't learn: -1 none, 0 the stem, 1 also the first stage and so on, as timm
             groups its parameters; the stages of a plain ViT are its blocks.
@@ -53,11 +53,10 @@ class TimmBackbone(BaseModule):
                  init_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if pretrained and init_cfg is not None:
             raise ValueError(f'{timm}: pretrained=True and init_cfg both say what to start from; leave one out')
-        if init_cfg is not None and (not isinstance(init_cfg, Mapping) or not init_cfg.get('checkpoint')):
-            raise ValueError(f"{timm}: init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {init_cfg!r}")
+        check_init_cfg(timm, init_cfg)
         super().__init__(dict(type='Pretrained', checkpoint=f'{SCHEME}{timm}') if pretrained else init_cfg)
         body = build_timm_model(timm, **kwargs)
-        self.timm, self.kwargs, self.norm = timm, kwargs, norm
+        self.timm, self.kwargs, self.final_norm = timm, kwargs, norm
         self.out_indices = _check_out_indices(timm, body.feature_info, out_indices)
         maps = [body.feature_info[index] for index in self.out_indices]
         self.out_channels = [each['num_chs'] for each in maps]
@@ -105,7 +104,7 @@ class TimmBackbone(BaseModule):
                              'out_indices')
         images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         try:
-            maps = self.body.forward_intermediates(images, indices=list(self.out_indices), norm=self.norm,
+            maps = self.body.forward_intermediates(images, indices=list(self.out_indices), norm=self.final_norm,
                                                    stop_early=True, output_fmt='NCHW', intermediates_only=True)
         except AssertionError as error:
             raise ValueError(f'{self.timm}: images of {height}x{width} pixels don\'t fit: {error}; resize or pad them '
@@ -177,4 +176,6 @@ def _check_out_indices(name: str, feature_info: Sequence[Mapping[str, Any]],
         raise ValueError(f'{name}: out_indices {tuple(out_indices)} has {wrong[0]}, but its {count} feature maps are '
                          + ', '.join(f'{index} (stride {each["reduction"]}, {each["num_chs"]} channels)'
                                      for index, each in enumerate(feature_info)))
-    return tuple(index % count for index in out_indices)
+    if not out_indices:
+        raise ValueError(f'{name}: out_indices is empty')
+    return tuple(sorted({index % count for index in out_indices}))  # in the order in which the model gives them
