@@ -1,4 +1,4 @@
-"""Turn a replaced detector's checkpoint into an ordinary one, for the baseline's config."""
+"""Turn a replaced detector's checkpoint into an ordinary one."""
 import argparse
 
 from rl_mmdet import deploy, engine
@@ -16,8 +16,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = engine.load_config(args.config, args.cfg_options)
-    count = deploy.save_plain_checkpoint(cfg, args.checkpoint, args.out, args.allow_pickle)
-    print(f'{args.out}: {count} computing layers are plain blocks now; use it with the baseline\'s config')
+    plain = deploy.save_plain_checkpoint(cfg, args.checkpoint, args.out, args.allow_pickle)
+    print(f'{args.out}: {plain.describe()}')
 
 
 if __name__ == '__main__':

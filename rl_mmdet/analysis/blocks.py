@@ -23,7 +23,7 @@ def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool =
     Raises:
         UserError: the config has no backbone, the backbone no chain, or the checkpoint can't be read.
     """
-    backbone = build_model(Config(dict(model=_backbone_cfg(cfg), default_scope=cfg.get('default_scope', 'mmdet'))))
+    backbone = build_model(Config(dict(model=backbone_cfg(cfg), default_scope=cfg.get('default_scope', 'mmdet'))))
     report = getattr(backbone, 'replacement_report', None)
     rows = report.rows if report else describe_blocks(find_chains(backbone), {})
     if not rows:
@@ -46,7 +46,8 @@ def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool =
     return table
 
 
-def _backbone_cfg(cfg: Config) -> dict:
+def backbone_cfg(cfg: Config) -> dict:
+    """``cfg.model.backbone``, or a UserError where it is missing or of an unknown type."""
     backbone = (cfg.get('model') or {}).get('backbone')
     if backbone is None:
         raise UserError('config: model.backbone is missing')
@@ -74,4 +75,4 @@ def _caption(report: ReplacementReport | None) -> str:
     if report is None:
         return 'blocks without a note can be replaced'
     return (f'{report.removed_parameters:,} parameters removed, {report.learnable:,} added; the same choice as a '
-            f'plan: dict(type=\'Blocks\', blocks={report.replaced})')
+            f'plan: {report.as_plan}')

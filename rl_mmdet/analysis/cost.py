@@ -4,6 +4,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..replacement import ComputingLayer, computing_layers
+from ..replacement.rebuild import rebuilt_input
+
 
 def trainable_parameters(model: nn.Module) -> int:
     """Number of parameters that learn."""
@@ -26,7 +29,15 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def count_input(layer: ComputingLayer, inputs: tuple) -> None:
+        if rebuilt_input(inputs[0]) is None:
+            pack(inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(count_input) for layer in computing_layers(model).values()
+             if layer.checkpointed or layer.followed]  # these keep their input, but not through autograd
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = forward()  # kept until all is counted: a freed storage's address may come back
+    for hook in hooks:
+        hook.remove()
     del outputs
     return sum(kept.values())

@@ -1,7 +1,7 @@
 """A replaced detector's checkpoint as an ordinary baseline checkpoint."""
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmdet.models.detectors import BaseDetector
@@ -11,14 +11,31 @@ from torch import Tensor, nn
 from ..engine import UserError, build_model, check_checkpoint, read_checkpoint
 from ..engine.detectors import inner_detectors
 from ..models.layouts import state_dict_of
-from ..replacement import computing_layers, materialize
+from ..replacement import FullBlock, computing_layers, materialize
+
+
+class Plain(NamedTuple):
+    """What became of a replaced detector: see :func:`save_plain_checkpoint`."""
+    blocks: list[str]
+    light: list[str]
+
+    def describe(self) -> str:
+        """How many there are, and what loads the checkpoint."""
+        if not self.light:
+            return f'{len(self.blocks)} computing layers are plain blocks now; use it with the baseline\'s config'
+        return (f'{len(self.blocks)} computing layers are ordinary layers now ({", ".join(self.light)}); use it with '
+                "this config and fusion=dict(type='OwnWeights') in its replacement")
+
 
 SIDES = (64, 128, 224, 256, 384, 512)
 """Of the images, in pixels, that a materialized detector is tried on."""
 
 
-def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: bool = False) -> int:
-    """Materialize a trained detector and save it as a checkpoint that the baseline's config loads.
+def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: bool = False) -> Plain:
+    """Materialize a trained detector and save it as an ordinary checkpoint.
+
+    With ``FullBlock`` it is one for the baseline's config. With a light operator ordinary layers stand where the blocks
+    were; the detector's own config loads it with ``fusion=dict(type='OwnWeights')`` in its ``replacement``.
 
     Args:
         cfg: the config the detector was trained with.
@@ -27,7 +44,7 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: 
         allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
 
     Returns:
-        Number of computing layers that became plain blocks.
+        The names of the computing layers that became plain, and of the light operators among them.
 
     Raises:
         UserError: the checkpoint doesn't fit the config, isn't this model's own, or ``out`` exists.
@@ -50,7 +67,8 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: 
     classes = loaded.get('meta', {}).get('dataset_meta')
     torch.save(dict(state_dict=plain.state_dict(), meta=dict(dataset_meta=classes)), part)
     os.replace(part, out)
-    return len(layers)
+    light = {type(layer.operator).__name__ for layer in layers.values() if not isinstance(layer.operator, FullBlock)}
+    return Plain(list(layers), sorted(light))
 
 
 @torch.no_grad()

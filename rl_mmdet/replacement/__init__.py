@@ -10,20 +10,24 @@ Four words describe a replacement: the *plan* (where), the *fusion* (with what),
 Sources: "Replacement Learning: Training Vision Tasks with Fewer Learnable Parameters", arXiv 2410.01239 (RL-v1);
 "Replacement Learning: Training Neural Networks with Fewer Parameters", arXiv 2605.19533 (RL-v2).
 """
+from .best_fit import BestFit
+from .budget import Budget
 from .chain import Chain, find_chains
 from .computing_layer import ComputingLayer
-from .fusions import Fit, ScalarFusion
+from .fusions import ChannelFusion, Fit, OwnWeights, ScalarFusion, TransformFusion
 from .gradients import Gradient
+from .light_operators import DepthwiseBlock, PooledBlock, Skip, SlimBlock
 from .norms import recalibrate_norms_, stale_norms
 from .operators import FullBlock
-from .plans import Blocks, EveryKth
+from .plans import Blocks, EveryKth, Fraction
 from .pretrained import LoadReport, adapt_state_dict
 from .registry import FUSIONS, OPERATORS, PLANS
 from .report import ReplacementReport
 from .surgery import computing_layers, materialize, replace_blocks_
 
 __all__ = [
-    'FUSIONS', 'OPERATORS', 'PLANS', 'Blocks', 'Chain', 'ComputingLayer', 'EveryKth', 'Fit', 'FullBlock', 'Gradient',
-    'LoadReport', 'ReplacementReport', 'ScalarFusion', 'adapt_state_dict', 'computing_layers', 'find_chains',
-    'materialize', 'recalibrate_norms_', 'replace_blocks_', 'stale_norms',
+    'FUSIONS', 'OPERATORS', 'PLANS', 'BestFit', 'Blocks', 'Budget', 'Chain', 'ChannelFusion', 'ComputingLayer',
+    'DepthwiseBlock', 'EveryKth', 'Fit', 'Fraction', 'FullBlock', 'Gradient', 'LoadReport', 'OwnWeights', 'PooledBlock',
+    'ReplacementReport', 'ScalarFusion', 'Skip', 'SlimBlock', 'TransformFusion', 'adapt_state_dict', 'computing_layers',
+    'find_chains', 'materialize', 'recalibrate_norms_', 'replace_blocks_', 'stale_norms',
 ]

@@ -1,17 +1,38 @@
 """Chains: the ordered blocks of one stage, who is kept, and who are a block's neighbours."""
 import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, NamedTuple, Optional
 
 from torch import Tensor, nn
 
-Sources = dict[str, tuple[int | None, int | None]]
-"""For every parameter name of a block: the index of the kept block before / after it whose tensor is used, if any."""
+from .resize import can_resize
+
+Choice = Mapping[str, Collection[int]]
+"""Block indices to replace, by chain name."""
 
 
-@dataclass(frozen=True)
+class Place(NamedTuple):
+    """Where a block stands: its chain, and its index there."""
+    chain: 'Chain'
+    index: int
+
+    @property
+    def name(self) -> str:
+        return self.chain.block_name(self.index)
+
+    @property
+    def block(self) -> nn.Module:
+        return self.chain.blocks[self.index]
+
+
+Sources = dict[str, tuple[Place | None, Place | None]]
+"""For every parameter name of a block: where the kept block before / after it stands whose tensor is used, if any."""
+
+
+@dataclass(frozen=True, eq=False)
 class Chain:
     """The ordered blocks of one stage (or of a whole plain ViT).
 
@@ -20,12 +41,21 @@ class Chain:
         container: that module.
         start, stop: which of its children are the blocks; all by default.
         name: how plans and reports call the chain; by default ``path``.
+        adapt: a tensor of another size may be used where a kept block has none of the right size, and a kept block
+            of a neighbouring stage where the own one has none (RL-v2; see :mod:`~rl_mmdet.replacement.resize`).
+        operator: decides which blocks it can stand for, and which of their tensors it needs; None takes all.
+
+    Attributes:
+        beside: the chain before and after this one in the model whose blocks are of the same class, if any.
     """
     path: str
     container: nn.Module
     start: int = 0
     stop: int | None = None
     name: str = ''
+    adapt: bool = False
+    operator: Any = None
+    beside: list[Optional['Chain']] = field(default_factory=lambda: [None, None], repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'name', self.name or self.path)
@@ -49,57 +79,98 @@ class Chain:
         """Of every block's parameters, by name, as they were when first asked for: before any block is replaced."""
         return [{name: tuple(p.shape) for name, p in all_parameters(block)} for block in self.blocks]
 
+    @cached_property
+    def _refused(self) -> list[str | None]:
+        """Why the operator can't stand for a block, None where it can; as it was when first asked for."""
+        return [self.operator and self.operator.why_not(block) for block in self.blocks]
+
+    @cached_property
+    def _needed(self) -> list[dict[str, tuple[int, ...]]]:
+        """The tensors that are to be made for each block, and their shapes; as it was when first asked for."""
+        return [shapes if self.operator is None else self.operator.needs(block) if reason is None else {}
+                for block, shapes, reason in zip(self.blocks, self._shapes, self._refused, strict=True)]
+
     def __len__(self) -> int:
         return len(self.keys)
 
     def block_name(self, index: int) -> str:
         return f'{self.path}.{self.keys[index]}' if self.path else self.keys[index]
 
-    def neighbours(self, index: int, replaced: Collection[int]) -> tuple[int | None, int | None]:
-        """Indices of the nearest kept block before and after ``index``; None where the chain ends."""
-        before = next((i for i in range(index - 1, -1, -1) if i not in replaced), None)
-        after = next((i for i in range(index + 1, len(self)) if i not in replaced), None)
-        return before, after
+    def neighbours(self, index: int, choice: Choice | None = None) -> tuple[Place | None, Place | None]:
+        """The nearest kept blocks before and after block ``index``; None where the chain ends.
 
-    def sources(self, index: int, replaced: Collection[int] = ()) -> Sources:
-        """Which kept blocks offer a tensor of the same name and shape for each tensor of block ``index``.
-
-        On either side it is the nearest kept block; where its tensor has another size, the nearest one that has
-        the right size: blocks with global and with windowed attention have position tables of two sizes. A tensor
-        for which only one side has one is taken from that side (method.md, RL-v1).
+        Args:
+            index: the block.
+            choice: which blocks are replaced, by chain name.
         """
-        shapes = self._shapes
-        kept = [i for i in range(len(shapes)) if i not in replaced and i != index]
-        before, after = [i for i in reversed(kept) if i < index], [i for i in kept if i > index]
+        return tuple(next(iter(side), None) for side in self._kept(index, choice or {}))
 
-        def nearest(candidates: Iterable[int], name: str) -> int | None:
-            return next((i for i in candidates if shapes[i].get(name) == shapes[index][name]), None)
+    def sources(self, index: int, choice: Choice | None = None) -> Sources:
+        """Which kept blocks offer a tensor of the same name and shape for each tensor that block ``index`` needs.
 
-        return {name: (nearest(before, name), nearest(after, name)) for name in shapes[index]}
+        On either side it is the nearest kept block; where its tensor has another size, the nearest one of the
+        chain that has the right size: blocks with global and with windowed attention have position tables of two
+        sizes. With ``adapt``, and only where the chain has none, the nearest one of any size. A tensor for which
+        only one side has one is taken from that side (method.md, RL-v1).
+        """
+        before, after = self._kept(index, choice or {})
+        return {name: (self._nearest(before, name, index), self._nearest(after, name, index))
+                for name in self._needed[index]}
 
-    def why_not(self, index: int, replaced: Collection[int] = ()) -> str | None:
-        """Why block ``index`` can't be replaced when the blocks ``replaced`` are; None if it can."""
+    def shapes_to_make(self, index: int) -> dict[str, tuple[int, ...]]:
+        """The tensors that are to be made for block ``index``, by name."""
+        return dict(self._needed[index])
+
+    def why_not(self, index: int, choice: Choice | None = None) -> str | None:
+        """Why block ``index`` can't be replaced when the blocks of ``choice`` are; None if it can."""
         if self.frozen:
             return 'its stage is frozen (no parameter learns)'
-        before, after = self.neighbours(index, replaced)
-        if before is None:
-            return 'no kept block before it in its stage'
-        if after is None:
-            return 'no kept block after it in its stage'
-        sources = self.sources(index, replaced)
+        if self._refused[index] is not None:
+            return self._refused[index]
+        beside = self.neighbours(index, choice)
+        if beside == (None, None) or (None in beside and not self.adapt):
+            where = 'model' if self.adapt else 'stage'
+            return f'no kept block {"before" if beside[0] is None else "after"} it in its {where}'
+        sources = self.sources(index, choice)
         for name, sides in sources.items():
             if sides == (None, None):
                 shape = self._shapes[index][name]
-                return (f'{name} {shape} has no tensor of its shape in a kept block of its stage, such as '
-                        f'{self.block_name(before)} or {self.block_name(after)}')
+                names = ' or '.join(place.name for place in beside if place is not None)
+                if self.adapt:
+                    return f'no kept block has a tensor {name}, so {shape} can\'t be made (the nearest: {names})'
+                return f'{name} {shape} has no tensor of its shape in a kept block of its stage, such as {names}'
         for side, where in enumerate(('before', 'after')):
-            if all(sides[side] is None for sides in sources.values()):
+            if sources and not self.adapt and all(sides[side] is None for sides in sources.values()):
                 return f'no kept block {where} it has a tensor of its shapes'
         return None
 
     def replaceable(self) -> list[int]:
         """The blocks that can be replaced one at a time."""
         return [index for index in range(len(self)) if self.why_not(index) is None]
+
+    def _kept(self, index: int, choice: Choice) -> tuple[list[Place], list[Place]]:
+        """The kept blocks before and after block ``index``, the nearest first; with ``adapt`` of all stages."""
+        places = [place for place in self._places() if place == (self, index)
+                  or place.index not in choice.get(place.chain.name, ())]
+        here = places.index(Place(self, index))
+        return places[:here][::-1], places[here + 1:]
+
+    def _places(self) -> list[Place]:
+        """The places of the chain's blocks in the model's order; with ``adapt`` those of the chains beside it, too."""
+        chains = [self]
+        while self.adapt and chains[0].beside[0] is not None:
+            chains.insert(0, chains[0].beside[0])
+        while self.adapt and chains[-1].beside[1] is not None:
+            chains.append(chains[-1].beside[1])
+        return [Place(chain, index) for chain in chains for index in range(len(chain))]
+
+    def _nearest(self, places: list[Place], name: str, index: int) -> Place | None:
+        """The nearest of ``places`` that has tensor ``name`` of block ``index``."""
+        shape = self._shapes[index][name]
+        same = next((p for p in places if p.chain is self and self._shapes[p.index].get(name) == shape), None)
+        if same is not None or not self.adapt:
+            return same
+        return next((p for p in places if can_resize(p.chain._shapes[p.index].get(name), shape)), None)
 
 
 def _children(container: nn.Module) -> tuple[list[str], list[nn.Module]]:
@@ -113,7 +184,7 @@ def all_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return module.named_parameters(remove_duplicate=False)
 
 
-def find_chains(model: nn.Module) -> dict[str, Chain]:
+def find_chains(model: nn.Module, adapt: bool = False, operator: Any = None) -> dict[str, Chain]:
     """Find the chains of ``model``: runs of residual units of one class that stand one after the other.
 
     They are looked for among the children of an ``nn.Sequential`` or ``nn.ModuleList``, and among children that a
@@ -123,6 +194,7 @@ def find_chains(model: nn.Module) -> dict[str, Chain]:
 
     Args:
         model: a backbone; in a whole detector, heads made of such lists would be found as well.
+        adapt, operator: see :class:`Chain`.
 
     Returns:
         Chains by name, in the model's order. They don't nest. A chain is called like the module that holds it, and
@@ -133,7 +205,8 @@ def find_chains(model: nn.Module) -> dict[str, Chain]:
     def search(module: nn.Module, path: str) -> None:
         runs = _runs(module)
         for start, stop in runs:
-            chain = Chain(path, module, start, stop, '' if len(runs) == 1 else f'{path}[{start}:{stop}]')
+            name = '' if len(runs) == 1 else f'{path}[{start}:{stop}]'
+            chain = Chain(path, module, start, stop, name, adapt, operator)
             chains[chain.name] = chain
         inside = {index for start, stop in runs for index in range(start, stop)}
         for index, (key, child) in enumerate(zip(*_children(module), strict=True)):
@@ -141,6 +214,9 @@ def find_chains(model: nn.Module) -> dict[str, Chain]:
                 search(child, f'{path}.{key}' if path else key)
 
     search(model, '')
+    for kind in {type(chain.blocks[0]) for chain in chains.values()}:
+        for chain, other in pairwise(chain for chain in chains.values() if type(chain.blocks[0]) is kind):
+            chain.beside[1], other.beside[0] = other, chain
     return chains
 
 

@@ -1,5 +1,4 @@
 """The computing layer: the module that stands where a block was."""
-from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -7,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .chain import Chain, all_parameters
+from .chain import Chain, Choice, all_parameters
 from .fusions import Pair
+from .rebuild import Rebuilt
+from .resize import resize
 
 
 class ComputingLayer(nn.Module):
@@ -16,77 +17,106 @@ class ComputingLayer(nn.Module):
 
     .. math:: h_{out} = C\big(h_{in};\; T(θ_p, θ_n)\big)
 
-    with the fusion :math:`T` and the operator :math:`C`. Its state are the fusion's parameters and the removed
-    block's buffers under their old names (BatchNorm running statistics), nothing else: the neighbours are
-    referenced, not owned, and so are moved, saved and copied where they stand. ``copy.deepcopy`` of a model
-    yields computing layers that point into the copy.
+    with the fusion :math:`T` and the operator :math:`C`. Its state are their parameters and the buffers of what
+    the operator runs, under the removed block's names where it is that block (BatchNorm running statistics), nothing
+    else: the neighbours are referenced, not owned, and so are moved, saved and copied where they stand.
+    ``copy.deepcopy`` of a model yields computing layers that point into the copy.
 
     Args:
-        chain, index: the block to remove. It is taken over: its parameters are dropped, its buffers kept.
-        replaced: indices of all blocks of the chain that are replaced.
+        chain, index: the block to remove. It is taken over: its parameters are dropped.
+        choice: all blocks that are replaced, by chain name.
         fusion, operator, gradient: see their modules.
 
     Sources: arXiv 2410.01239 (RL-v1), arXiv 2605.19533 (RL-v2, "computing layer").
     """
 
-    def __init__(self, chain: Chain, index: int, replaced: Collection[int], *, fusion: Any, operator: Any,
+    def __init__(self, chain: Chain, index: int, choice: Choice, *, fusion: Any, operator: Any,
                  gradient: Any) -> None:
         super().__init__()
-        blocks = chain.blocks
-        block = blocks[index]
+        block = chain.blocks[index]
         self.fusion = fusion
         self.operator = operator
         self.gradient = gradient
-        sources = chain.sources(index, replaced)
-        # The two nearest kept blocks first; a tensor that has another size there comes from one further away.
-        wanted = list(dict.fromkeys([*chain.neighbours(index, replaced), *(i for sides in sources.values()
-                                                                           for i in sides if i is not None)]))
-        self.sources = {name: tuple(None if i is None else wanted.index(i) for i in sides)
-                        for name, sides in sources.items()}
         self.shapes = {name: p.shape for name, p in all_parameters(block)}
+        """Of all tensors of the removed block."""
+        self.made = chain.shapes_to_make(index)
+        """The tensors that the fusion makes, and their shapes."""
+        kept = self._find_sources(chain, index, choice)
         self.learned = {name: p.requires_grad for name, p in all_parameters(block)}
-        self.checkpointed = bool(getattr(block, 'with_cp', False))
+        self.dropped = set(dict(block.named_buffers()))
+        """Names of the removed block's buffers that the operator has no use for."""
+        self.checkpointed = bool(getattr(block, 'with_cp', False)) or gradient.memory == 'recompute'
+        self.with_cp = bool(getattr(block, 'with_cp', False))
+        self.rebuilt: Rebuilt | None = None
+        """How the last output is made again, until the block after this one takes it; see :func:`~.rebuild.follow`."""
+        self.followed = False
         self.norm_stale = True
         """The weights are new and BatchNorm's running statistics still the removed block's."""
         like = next(block.parameters())
-        for name, parameter in fusion.new_parameters(like.device, like.dtype).items():
+        self._own = operator.new_parameters(block)
+        learned = fusion.new_parameters(self.made, like.device, like.dtype) if self.made else {}
+        for name, parameter in (learned | self._own).items():
             self.register_parameter(name, parameter)
-        _drop_parameters(block)
-        if self.checkpointed:
+        self._own = {name: parameter.detach().clone() for name, parameter in self._own.items()}
+        if hasattr(block, 'with_cp'):
             block.with_cp = False  # done around the whole layer instead: the weights exist only while it runs
+        template = operator.template(block)
+        template.training = block.training
+        self.dropped -= set(dict(template.named_buffers()))
+        _drop_parameters(block)
+        _drop_parameters(template)
         # In a tuple these modules are no children of this one. The template's children and buffers *are*
         # this layer's, in the same dicts, so that whoever swaps or moves them does it for both.
-        self._blocks = (block, *(blocks[i] for i in wanted))
-        self._modules = block._modules
-        self._buffers = block._buffers
-        self._non_persistent_buffers_set = block._non_persistent_buffers_set
-        self.training = block.training
+        self._blocks = (template, *kept)
+        self._modules = template._modules
+        self._buffers = template._buffers
+        self._non_persistent_buffers_set = template._non_persistent_buffers_set
+        self.training = template.training
+
+    def _find_sources(self, chain: Chain, index: int, choice: Choice) -> list[nn.Module]:
+        """The kept blocks: the neighbours, then those further away that have a tensor of the right size."""
+        sources, neighbours = chain.sources(index, choice), chain.neighbours(index, choice)
+        used = [place for sides in (neighbours, *sources.values()) for place in sides if place is not None]
+        places = list(dict.fromkeys(used))
+        self.sources = {name: tuple(None if place is None else places.index(place) for place in sides)
+                        for name, sides in sources.items()}
+        self._neighbours = tuple(None if place is None else places.index(place) for place in neighbours)
+        return [place.block for place in places]
 
     @property
     def template(self) -> nn.Module:
-        """The removed block, whose parameters are all None."""
+        """What the operator runs: the removed block or something lighter; its parameters are all None."""
         return self._blocks[0]
 
     @property
-    def before(self) -> nn.Module:
-        return self._blocks[1]
+    def before(self) -> nn.Module | None:
+        return None if self._neighbours[0] is None else self.kept[self._neighbours[0]]
 
     @property
-    def after(self) -> nn.Module:
-        return self._blocks[2]
+    def after(self) -> nn.Module | None:
+        return None if self._neighbours[1] is None else self.kept[self._neighbours[1]]
 
     @property
     def kept(self) -> tuple[nn.Module, ...]:
-        """The kept blocks whose tensors are used; ``sources`` counts in them. The first two are the neighbours."""
+        """The kept blocks whose tensors are used; ``sources`` counts in them. The neighbours come first."""
         return self._blocks[1:]
 
     def pairs(self) -> dict[str, Pair]:
-        """The two tensors of kept blocks, before and after, for every parameter of the removed block."""
+        """The two tensors of kept blocks, before and after, for every tensor to make, in its shape."""
+        return {name: tuple(None if tensor is None else self.read(name, tensor) for tensor in pair)
+                for name, pair in self._sources().items()}
+
+    def _sources(self) -> dict[str, Pair]:
+        """As :meth:`pairs`, each in its own shape."""
         return {name: tuple(None if i is None else _tensor(self.kept[i], name) for i in sides)
                 for name, sides in self.sources.items()}
 
+    def read(self, name: str, tensor: Tensor) -> Tensor:
+        """What the operator needs of a tensor of this name, which is in the removed block's size or in another one."""
+        return self.operator.read(resize(name, tensor, self.shapes[name]), self.made[name])
+
     def synthesise(self, detach: bool = False) -> dict[str, Tensor]:
-        """The removed block's tensors, made by the fusion.
+        """The tensors of the removed block that the operator needs, made by the fusion.
 
         Args:
             detach: cut the neighbours off, so that only the fusion's parameters get gradient.
@@ -94,7 +124,15 @@ class ComputingLayer(nn.Module):
         pairs = self.pairs()
         if detach:
             pairs = {name: tuple(t if t is None else t.detach() for t in pair) for name, pair in pairs.items()}
-        return self.fusion.fuse(self._parameters, pairs)
+        return self.fusion.fuse(self._parameters, pairs) if pairs else {}
+
+    def weights(self, detach: bool = False) -> dict[str, Tensor]:
+        """All weights of what the operator runs, from the synthesised tensors. Arguments as there."""
+        return self.operator.weights(self.template, self.synthesise(detach), self._parameters)
+
+    def start_of_operator(self) -> dict[str, Tensor]:
+        """The values from which the operator's own parameters start."""
+        return dict(self._own)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same inputs, outputs and shapes as the removed block."""
@@ -107,9 +145,25 @@ class ComputingLayer(nn.Module):
         return super().__getattr__(name)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self.gradient.run, self, method, *args, use_reentrant=False, **kwargs)
-        return self.gradient.run(self, method, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self.gradient.run(self, method, *args, **kwargs)
+        if self.checkpointed:
+            out = checkpoint(self.gradient.run, self, method, *args, use_reentrant=False, **kwargs)
+        else:
+            out = self.gradient.run(self, method, *args, **kwargs)
+        if self.followed and not torch.compiler.is_compiling():
+            again = partial(self._again, method, args[1:], kwargs)
+            sources = [tensor for pair in self._sources().values() for tensor in pair if tensor is not None]
+            self.rebuilt = Rebuilt(out, again, args[0], [*sources, *self._parameters.values()])
+        return out
+
+    def _again(self, method: str, args: tuple, kwargs: dict[str, Any], inputs: Tensor) -> Tensor:
+        return self.gradient.run(self, method, inputs, *args, **kwargs)
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the output is to be made again in backward instead of being kept, if a block follows in the chain."""
+        return self.gradient.memory is not None and self.operator.repeatable
 
     def train(self, mode: bool = True) -> 'ComputingLayer':
         self.template.training = mode
@@ -117,24 +171,24 @@ class ComputingLayer(nn.Module):
 
     @torch.no_grad()
     def to_block(self) -> nn.Module:
-        """The removed block with plain weights again. Takes the template over: the layer is spent afterwards.
+        """What the operator runs, with plain weights. Takes the template over: the layer is spent afterwards.
 
         Raises:
             ValueError: a synthesised tensor isn't finite.
         """
-        tensors = self.synthesise()
+        tensors = self.weights()
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f'the synthesised {name} has non-finite values')
         for name, tensor in tensors.items():
             owner, _, slot = name.rpartition('.')
-            parameter = nn.Parameter(tensor.clone(), requires_grad=self.learned[name])
+            parameter = nn.Parameter(tensor.clone(), requires_grad=self.learned.get(name, True))
             module = self.template.get_submodule(owner)
             module._parameters[slot] = parameter
             for method in ('reset_parameters', '_load_from_state_dict'):
                 module.__dict__.pop(method, None)
-        if self.checkpointed:
-            self.template.with_cp = True
+        if hasattr(self.template, 'with_cp'):
+            self.template.with_cp = self.with_cp
         return self.template
 
     def extra_repr(self) -> str:

@@ -14,27 +14,39 @@ class Gradient:
     Args:
         mode: ``'detached'``: the neighbours learn only from their own place, and only the fusion's parameters
             learn from the replaced block; ``'coupled'``: the neighbours also get gradient through it.
+        memory: what a replaced block keeps for backward. None: what autograd keeps. ``'rebuild'``: the same inside,
+            but its output, which the block after it would save, is made again from its input: for operators that
+            are cheap and have no state (:class:`~.light_operators.LightOperator` without norms). ``'recompute'``:
+            nothing but its input, and all is computed again in backward, by :func:`torch.utils.checkpoint.checkpoint`;
+            for every operator, and with the output rebuilt where that is possible.
+
+    The gradients are the same at every level. Under ``torch.compile`` outputs aren't rebuilt: its partitioner decides
+    what is kept.
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: unknown mode or memory level.
     """
     MODES = ('detached', 'coupled')
+    MEMORY = (None, 'rebuild', 'recompute')
 
-    def __init__(self, mode: str = 'detached') -> None:
+    def __init__(self, mode: str = 'detached', memory: str | None = None) -> None:
         if mode not in self.MODES:
             raise ValueError(f'unknown mode {mode!r}; allowed: {", ".join(self.MODES)}')
+        if memory not in self.MEMORY:
+            raise ValueError(f'unknown memory {memory!r}; allowed: {", ".join(map(str, self.MEMORY))}')
         self.mode = mode
+        self.memory = memory
 
     def run(self, layer: 'ComputingLayer', method: str, *args: Any, **kwargs: Any) -> Any:
         """The layer's ``method``, in general ``'forward'``, by plain autograd.
 
-        Synthesise every tensor, then run the operator on them.
+        Make the weights, then run the operator on them.
         """
-        tensors = layer.synthesise(detach=self.mode == 'detached')
-        return layer.operator(layer.template, tensors, method, *args, **kwargs)
+        weights = layer.weights(detach=self.mode == 'detached')
+        return layer.operator(layer.template, weights, method, *args, **kwargs)
 
     def __repr__(self) -> str:
-        return f'Gradient(mode={self.mode!r})'
+        return f'Gradient(mode={self.mode!r}' + (f', memory={self.memory!r})' if self.memory else ')')
 
 
 def build_gradient(cfg: Any) -> Gradient:

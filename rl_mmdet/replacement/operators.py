@@ -4,26 +4,74 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .chain import all_parameters
 from .registry import OPERATORS
+from .resize import Shape
+
+
+class Operator:
+    """What all operators share: a module without weights of its own, its *template*, runs on tensors made for it.
+
+    Attributes:
+        repeatable: computing twice is cheap and changes nothing, so that outputs can be rebuilt in backward.
+    """
+    repeatable = False
+
+    def why_not(self, block: nn.Module) -> str | None:
+        """Why it can't stand for ``block``; None if it can."""
+        return None
+
+    def needs(self, block: nn.Module) -> dict[str, Shape]:
+        """The tensors of ``block`` that it needs, by name, and in which shape :meth:`read` gives them."""
+        raise NotImplementedError
+
+    def read(self, tensor: Tensor, shape: Shape) -> Tensor:
+        """What it needs of a tensor of a kept block, before the fusion: here the leading part of that ``shape``."""
+        return tensor if tuple(tensor.shape) == shape else tensor[tuple(map(slice, shape))]
+
+    def template(self, block: nn.Module) -> nn.Module:
+        """The ordinary module that runs in the place of ``block``, which it may be or use; its weights don't matter."""
+        raise NotImplementedError
+
+    def new_parameters(self, block: nn.Module) -> dict[str, nn.Parameter]:
+        """What the operator learns itself, beside what the fusion learns."""
+        return {}
+
+    def weights(self, template: nn.Module, tensors: dict[str, Tensor],
+                parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All weights of the template, from the fused ``tensors`` and from the layer's ``parameters``."""
+        raise NotImplementedError
+
+    def __call__(self, template: nn.Module, weights: dict[str, Tensor], method: str, *args: Any, **kwargs: Any) -> Any:
+        """Run ``method`` of the template, in general ``'forward'``, on its ``weights``."""
+        if method == 'forward':
+            return functional_call(template, weights, args, kwargs)
+        return functional_call(_Method(template, method), {f'block.{name}': tensor for name, tensor in weights.items()},
+                               args, kwargs)
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}()'
 
 
 @OPERATORS.register_module()
-class FullBlock:
+class FullBlock(Operator):
     """RL-v1: the whole removed block, :math:`h_{out} = B_i(h_{in}; θ_i)`, with the fused tensors as its weights.
 
     It costs the forward computation of the block it stands for; what it saves are learnable parameters, their
     gradients and their optimizer state. The materialized model is the baseline architecture.
+
+    Source: arXiv 2410.01239.
     """
 
-    def __call__(self, template: nn.Module, tensors: dict[str, Tensor], method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run ``method`` of ``template``, the removed block without weights of its own, on the fused ``tensors``."""
-        if method == 'forward':
-            return functional_call(template, tensors, args, kwargs)
-        return functional_call(_Method(template, method), {f'block.{name}': tensor for name, tensor in tensors.items()},
-                               args, kwargs)
+    def needs(self, block: nn.Module) -> dict[str, Shape]:
+        return {name: tuple(parameter.shape) for name, parameter in all_parameters(block)}
 
-    def __repr__(self) -> str:
-        return 'FullBlock()'
+    def template(self, block: nn.Module) -> nn.Module:
+        return block
+
+    def weights(self, template: nn.Module, tensors: dict[str, Tensor],
+                parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
 
 
 class _Method(nn.Module):

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from .computing_layer import ComputingLayer, loads_its_own_way
 from .fusions import Fit, Pair
+from .resize import Shape
 
 logger = logging.getLogger('rl_mmdet')
-
-Shape = tuple[int, ...]
-
 
 @dataclass
 class LoadReport:
@@ -61,15 +59,18 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
     report = LoadReport()
     for name, layer in _computing_layers(model):
         adapted.update(_own_buffers(layer, state_dict, f'{prefix}{name}.'))
-        fit = _fit(model, name, layer, state_dict, prefix)
-        if fit is None:
+        removed = any(f'{prefix}{name}.{tensor_name}' in state_dict for tensor_name in layer.shapes)
+        fit = _fit(model, name, layer, state_dict, prefix) if layer.made else removed and Fit({}, 1.0)
+        if not fit:
             continue
         report.fits[name] = fit
         for tensor_name, shape in layer.shapes.items():
             given = adapted.pop(f'{prefix}{name}.{tensor_name}', None)
             if given is not None and given.shape != shape:
                 report.mismatched[f'{name}.{tensor_name}'] = (tuple(given.shape), tuple(shape))
-        for parameter, value in fit.parameters.items():
+        for buffer in layer.dropped:
+            adapted.pop(f'{prefix}{name}.{buffer}', None)
+        for parameter, value in (layer.start_of_operator() | fit.parameters).items():
             adapted[f'{prefix}{name}.{parameter}'] = value
     _compare(model, adapted, prefix, report)
     return adapted, report
@@ -116,18 +117,20 @@ def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[st
     names = {id(module): module_name for module_name, module in model.named_modules()}
     kept = [names[id(block)] for block in layer.kept]
 
-    def look_up(block: str, tensor: str) -> Tensor | None:
+    def look_up(block: str, tensor: str, shape: Shape) -> Tensor | None:
         value = state_dict.get(f'{prefix}{block}.{tensor}')
-        return value if isinstance(value, Tensor) and value.shape == layer.shapes[tensor] else None
+        fits = isinstance(value, Tensor) and tuple(value.shape) == tuple(shape)
+        return layer.read(tensor, value) if fits else None
 
     targets: dict[str, Tensor] = {}
     pairs: dict[str, Pair] = {}
     for tensor, sides in layer.sources.items():
-        target = look_up(name, tensor)
-        pair = tuple(None if i is None else look_up(kept[i], tensor) for i in sides)
+        target = look_up(name, tensor, layer.shapes[tensor])
+        pair = tuple(None if i is None else look_up(kept[i], tensor, layer.kept[i].get_parameter(tensor).shape)
+                     for i in sides)
         if target is not None and any(side is not None for side in pair):
             targets[tensor], pairs[tensor] = target, pair
-    return layer.fusion.fit(targets, pairs) if targets else None
+    return layer.fusion.fit(targets, pairs, layer.made) if targets else None
 
 
 def _own_buffers(layer: ComputingLayer, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .chain import Chain
+from .plans import as_blocks
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class BlockRow:
         before, after: names of the nearest kept blocks that it takes its weights from.
         others: names of kept blocks further away that give it the tensors which have another size in those two.
         reason: why it can't be replaced, None if it can.
+        learnable: number of parameters of the computing layer that stands there.
     """
     chain: str
     index: int
@@ -30,6 +32,7 @@ class BlockRow:
     after: str | None = None
     others: tuple[str, ...] = ()
     reason: str | None = None
+    learnable: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,9 @@ class ReplacementReport:
     Args:
         rows: one per block.
         settings: plan, fusion, operator and gradient, as text.
-        learnable: number of parameters that all computing layers together own.
     """
     rows: tuple[BlockRow, ...]
     settings: dict[str, str] = field(default_factory=dict)
-    learnable: int = 0
 
     @property
     def replaced(self) -> dict[str, list[int]]:
@@ -55,6 +56,16 @@ class ReplacementReport:
         return choice
 
     @property
+    def as_plan(self) -> str:
+        """The choice as the plan that asks for just these blocks, ready to be pasted into a config."""
+        return as_blocks(self.replaced)
+
+    @property
+    def learnable(self) -> int:
+        """Number of parameters that all computing layers together own."""
+        return sum(row.learnable for row in self.rows)
+
+    @property
     def removed_parameters(self) -> int:
         """Number of parameters that the replaced blocks gave up."""
         return sum(row.parameters for row in self.rows if row.replaced)
@@ -64,13 +75,16 @@ class ReplacementReport:
         head = (f'{count} of {len(self.rows)} blocks replaced by computing layers: '
                 f'{self.removed_parameters:,} parameters removed, {self.learnable:,} added')
         lines = [f'  {row.name} ({row.kind}): ' + _describe(row) for row in self.rows]
+        if self.replaced and not self.settings.get('plan', '').startswith('Blocks('):
+            lines.append(f'  the same choice as a plan: {self.as_plan}')
         return '\n'.join([head, *lines])
 
 
 def _describe(row: BlockRow) -> str:
     if row.replaced:
         others = f'; tensors of another size there from {" and ".join(row.others)}' if row.others else ''
-        return f'replaced, from {row.before} and {row.after}{others}'
+        neighbours = ' and '.join(name for name in (row.before, row.after) if name is not None)
+        return f'replaced, from {neighbours}{others}; learns {row.learnable:,}'
     return 'kept' if row.reason is None else f'kept, can\'t be replaced: {row.reason}'
 
 
@@ -83,10 +97,10 @@ def describe_blocks(chains: dict[str, Chain], choice: dict[str, list[int]]) -> t
             row = dict(chain=name, index=index, name=chain.block_name(index), kind=type(block).__name__,
                        parameters=_count(block), reason=chain.why_not(index))
             if index in chosen:
-                before, after = chain.neighbours(index, chosen)
-                used = {i for sides in chain.sources(index, chosen).values() for i in sides if i is not None}
-                row.update(replaced=True, before=chain.block_name(before), after=chain.block_name(after),
-                           others=tuple(chain.block_name(i) for i in sorted(used - {before, after})))
+                before, after = chain.neighbours(index, choice)
+                used = dict.fromkeys(p for sides in chain.sources(index, choice).values() for p in sides if p)
+                row.update(replaced=True, before=before and before.name, after=after and after.name,
+                           others=tuple(place.name for place in used if place not in (before, after)))
             rows.append(BlockRow(**row))
     return tuple(rows)
 

@@ -1,15 +1,18 @@
 """Surgery: put computing layers where blocks were, and turn them into plain blocks again."""
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from .chain import Chain, find_chains
 from .computing_layer import ComputingLayer
+from .fusions import OwnWeights
 from .gradients import build_gradient
 from .plans import Choice, describe_replaceable
 from .pretrained import add_pretrained_hook, remove_pretrained_hook
+from .rebuild import follow, stop_following
 from .registry import FUSIONS, OPERATORS, PLANS, build_part
 from .report import ReplacementReport, describe_blocks
 
@@ -43,20 +46,25 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
     plan, parts = _build_parts(replacement)
     if computing_layers(model):
         raise ValueError('replacement: the model has computing layers already; materialize() it first')
-    chains = find_chains(model)
+    chains = find_chains(model, parts['fusion'].adapt, parts['operator'])
     try:
-        choice = plan.choose(chains)
+        choice = plan.choose(chains, model, parts)
         _check_choice(chains, choice, plan)
     except ValueError as error:
-        raise ValueError(f'replacement.plan: {error}') from None
+        said = str(error)  # a plan that tries a replacement may have met an error of another setting
+        raise ValueError(said if said.startswith('replacement.') else f'replacement.plan: {said}') from None
+    _check_fusion(chains, choice, parts['fusion'])
     rows = describe_blocks(chains, choice)
     for name, indices in choice.items():
-        _replace_in_chain_(chains[name], indices, parts)
-    add_pretrained_hook(model)
+        _replace_in_chain_(chains[name], indices, choice, parts)
+    learnable = {name: sum(p.numel() for p in layer.parameters(recurse=False))
+                 for name, layer in computing_layers(model).items()}
+    if isinstance(parts['fusion'], OwnWeights):
+        learnable = {name: sum(p.numel() for p in block.parameters()) for name, block in _make_plain_(model).items()}
+    else:
+        add_pretrained_hook(model)
     settings = {key: repr(part) for key, part in dict(plan=plan, **parts).items()}
-    learnable = sum(p.numel() for layer in computing_layers(model).values()
-                    for p in layer.parameters(recurse=False))
-    return ReplacementReport(rows, settings, learnable)
+    return ReplacementReport(tuple(replace(row, learnable=learnable.get(row.name, 0)) for row in rows), settings)
 
 
 def computing_layers(model: nn.Module) -> dict[str, ComputingLayer]:
@@ -68,8 +76,9 @@ def materialize(model: nn.Module) -> nn.Module:
     """Turn a replaced model into the ordinary one with plain weights.
 
     Returns:
-        A new module with the baseline's architecture, state-dict keys and shapes, whose outputs equal the
-        replaced model's. ``model`` is left as it is; a model without computing layers is copied.
+        A new module whose outputs equal the replaced model's. With ``FullBlock`` it has the baseline's
+        architecture, state-dict keys and shapes; with a light operator ordinary layers stand where the blocks were.
+        ``model`` is left as it is; a model without computing layers is copied.
 
     Raises:
         ValueError: a synthesised weight isn't finite; the message names the block.
@@ -77,18 +86,25 @@ def materialize(model: nn.Module) -> nn.Module:
     if isinstance(model, ComputingLayer):
         raise ValueError('materialize() takes the whole model: a computing layer alone has no place to stand in')
     plain = copy.deepcopy(model)
+    _make_plain_(plain)
+    return plain
+
+
+def _make_plain_(model: nn.Module) -> dict[str, nn.Module]:
+    """Put what runs in the place of every computing layer, with plain weights; returns these by name."""
     blocks = {}
-    for name, layer in computing_layers(plain).items():
+    for name, layer in computing_layers(model).items():
         try:
             blocks[name] = layer.to_block()
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from None
     for name, block in blocks.items():
         parent, _, key = name.rpartition('.')
-        plain.get_submodule(parent)._modules[key] = block
-    for module in plain.modules():
+        model.get_submodule(parent)._modules[key] = block
+    for module in model.modules():
         remove_pretrained_hook(module)
-    return plain
+        stop_following(module)
+    return blocks
 
 
 def _build_parts(replacement: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -101,10 +117,15 @@ def _build_parts(replacement: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             raise ValueError(f'replacement: unknown setting {key!r}; allowed: {", ".join(SETTINGS)}')
     if replacement.get('plan') is None:
         raise ValueError("replacement: plan is missing; for instance plan=dict(type='EveryKth', k=4)")
-    return build_part(PLANS, replacement['plan'], default='EveryKth'), dict(
-        fusion=build_part(FUSIONS, replacement.get('fusion'), default='ScalarFusion'),
-        operator=build_part(OPERATORS, replacement.get('operator'), default='FullBlock'),
-        gradient=build_gradient(replacement.get('gradient')))
+    plan = build_part(PLANS, replacement['plan'], default='EveryKth')
+    fusion = build_part(FUSIONS, replacement.get('fusion'), default='ScalarFusion')
+    operator = build_part(OPERATORS, replacement.get('operator'), default='FullBlock')
+    gradient = build_gradient(replacement.get('gradient'))
+    if gradient.memory == 'rebuild' and not operator.repeatable:
+        able = [name for name, cls in OPERATORS.module_dict.items() if cls.repeatable]
+        raise ValueError(f"replacement.gradient: memory='rebuild' isn't possible with {operator}; use "
+                         f"memory='recompute', or one of the operators {', '.join(able)}")
+    return plan, dict(fusion=fusion, operator=operator, gradient=gradient)
 
 
 def _check_choice(chains: Mapping[str, Chain], choice: Choice, plan: Any) -> None:
@@ -112,7 +133,7 @@ def _check_choice(chains: Mapping[str, Chain], choice: Choice, plan: Any) -> Non
         raise ValueError('the model has no chain of blocks (no nn.Sequential or nn.ModuleList of residual units)')
     for name, indices in choice.items():
         for index in indices:
-            reason = chains[name].why_not(index, indices)
+            reason = chains[name].why_not(index, choice)
             if reason is not None:
                 raise ValueError(f'{name} block {index} can\'t be replaced: {reason}; '
                                  f'{describe_replaceable(chains)}')
@@ -120,6 +141,19 @@ def _check_choice(chains: Mapping[str, Chain], choice: Choice, plan: Any) -> Non
         raise ValueError(f'{plan} replaces no block of this model; {describe_replaceable(chains)}')
 
 
-def _replace_in_chain_(chain: Chain, indices: list[int], parts: dict[str, Any]) -> None:
+def _check_fusion(chains: Mapping[str, Chain], choice: Choice, fusion: Any) -> None:
+    for name, indices in choice.items():
+        for index in indices:
+            try:
+                shapes = chains[name].shapes_to_make(index)
+                fusion.check(shapes)
+            except ValueError as error:
+                raise ValueError(f'replacement.fusion: {chains[name].block_name(index)}: {error}') from None
+
+
+def _replace_in_chain_(chain: Chain, indices: list[int], choice: Choice, parts: dict[str, Any]) -> None:
     for index in indices:
-        chain.container._modules[chain.keys[index]] = ComputingLayer(chain, index, indices, **parts)
+        chain.container._modules[chain.keys[index]] = ComputingLayer(chain, index, choice, **parts)
+    for index in indices:
+        if index + 1 < len(chain) and chain.blocks[index].rebuilds:
+            follow(chain.blocks[index], chain.blocks[index + 1])

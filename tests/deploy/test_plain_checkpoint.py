@@ -17,7 +17,9 @@ def trained(tiny_config, tmp_path, randomise_):
 def test_plain_checkpoint_fits_the_baseline_and_gives_the_same_features(trained, tiny_config, tmp_path):
     cfg, model, checkpoint = trained
     out = str(tmp_path / 'plain.pth')
-    assert save_plain_checkpoint(cfg, checkpoint, out) == 5
+    plain = save_plain_checkpoint(cfg, checkpoint, out)
+    assert (len(plain.blocks), plain.light) == (5, [])
+    assert plain.describe().endswith("5 computing layers are plain blocks now; use it with the baseline's config")
     baseline = build_model(load_config(tiny_config('atss_r34_fpn_digits.py'))).eval()
     report = check_checkpoint(baseline, out)
     assert not report.missing
@@ -27,6 +29,22 @@ def test_plain_checkpoint_fits_the_baseline_and_gives_the_same_features(trained,
     baseline.load_state_dict(saved['state_dict'])
     image = torch.rand(1, 3, 64, 64)
     for ours, theirs in zip(model.extract_feat(image), baseline.extract_feat(image), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('operator', ['DepthwiseBlock', 'SlimBlock', 'PooledBlock'])
+def test_plain_checkpoint_of_light_operators_fits_own_weights(tiny_config, tmp_path, randomise_, operator):
+    cfg = load_config(tiny_config(), {'model.backbone.replacement.operator.type': operator})
+    model = randomise_(build_model(cfg)).eval()
+    torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'rl.pth')
+    plain = save_plain_checkpoint(cfg, str(tmp_path / 'rl.pth'), str(tmp_path / 'plain.pth'))
+    assert (len(plain.blocks), plain.light) == (5, [operator])
+    assert "fusion=dict(type='OwnWeights')" in plain.describe()
+    cfg.model.backbone.replacement.fusion = dict(type='OwnWeights')
+    own = build_model(cfg).eval()
+    own.load_state_dict(torch.load(tmp_path / 'plain.pth', weights_only=True)['state_dict'], strict=True)
+    image = torch.rand(1, 3, 64, 64)
+    for ours, theirs in zip(model.extract_feat(image), own.extract_feat(image), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -69,7 +87,7 @@ def only_take(monkeypatch, cfg, side):
 def test_plain_checkpoint_is_checked_on_a_size_that_the_model_takes(trained, tmp_path, monkeypatch):
     cfg, _, checkpoint = trained
     only_take(monkeypatch, cfg, 128)
-    assert save_plain_checkpoint(cfg, checkpoint, str(tmp_path / 'plain.pth')) == 5
+    assert len(save_plain_checkpoint(cfg, checkpoint, str(tmp_path / 'plain.pth')).blocks) == 5
 
 
 def test_plain_checkpoint_that_cannot_be_checked_is_not_written(trained, tmp_path, monkeypatch):

@@ -38,13 +38,19 @@ BACKBONES = {  # BatchNorm in eval mode, or each process has its own statistics;
 }
 RUNS = {f'{backbone}_{mode}': dict(backbone=backbone, mode=mode) for backbone in BACKBONES for mode in Gradient.MODES}
 RUNS.update({f'resnet_{mode}_with_cp': dict(backbone='resnet', mode=mode, with_cp=True) for mode in Gradient.MODES})
+LIGHT = [('resnet', 'DepthwiseBlock', 'rebuild'), ('resnet', 'SlimBlock', 'recompute'), ('resnet', 'PooledBlock', None),
+         ('swin', 'SlimBlock', 'recompute'), ('vit', 'SlimBlock', 'rebuild'), ('resnet', 'Skip', None)]
+RUNS.update({f'{backbone}_{mode}_{operator}': dict(backbone=backbone, mode=mode, operator=operator, memory=memory)
+             for backbone, operator, memory in LIGHT for mode in Gradient.MODES})
 
 
-def build(backbone: str, mode: str, with_cp: bool = False) -> nn.Module:
+def build(backbone: str, mode: str, with_cp: bool = False, operator: str = 'FullBlock',
+          memory: str | None = None) -> nn.Module:
     """A small backbone with some replaced blocks, in training and in float64."""
     torch.manual_seed(0)
     more = dict(with_cp=True) if with_cp else {}
-    replacement = dict(plan=dict(type='EveryKth', k=2), gradient=dict(mode=mode))
+    replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type=operator),
+                       gradient=dict(mode=mode, memory=memory))
     model = MODELS.build(copy.deepcopy(dict(BACKBONES[backbone], replacement=replacement, **more)))
     model.train()
     return model.double()

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from rl_mmdet.replacement import Chain, find_chains
+from rl_mmdet.replacement.chain import Place
 
 
 def test_find_chains_two_stages(toy_net):
@@ -72,7 +73,9 @@ def test_find_chains_blocks_that_share_no_weight_shape_are_no_chain():
     (1, [0, 1], (None, 2)),
 ])
 def test_neighbours_are_the_nearest_kept(toy_net, index, replaced, expected):
-    assert find_chains(toy_net())['layer2'].neighbours(index, replaced) == expected
+    chain = find_chains(toy_net())['layer2']
+    found = chain.neighbours(index, {'layer2': replaced})
+    assert tuple(place and place.index for place in found) == expected
 
 
 def test_block_name_uses_the_container_keys():
@@ -92,7 +95,7 @@ def test_why_not_last_block(toy_net):
 
 def test_why_not_when_all_blocks_before_are_replaced(toy_net):
     chain = find_chains(toy_net())['layer2']
-    assert chain.why_not(1, [0, 1]) == 'no kept block before it in its stage'
+    assert chain.why_not(1, {'layer2': [0, 1]}) == 'no kept block before it in its stage'
 
 
 def test_why_not_interior_block_is_none(toy_net):
@@ -127,12 +130,14 @@ def test_replaceable_is_the_interior(toy_net):
 
 
 def test_sources_one_shape_equal_neighbour(toy_net):
-    assert find_chains(toy_net())['layer1'].sources(1)['conv1.weight'] == (None, 2)
+    chain = find_chains(toy_net())['layer1']
+    assert chain.sources(1)['conv1.weight'] == (None, Place(chain, 2))
 
 
 def test_sources_both_shapes_equal(toy_net):
-    sources = find_chains(toy_net())['layer1'].sources(1)
-    assert {sides for name, sides in sources.items() if name != 'conv1.weight'} == {(0, 2)}
+    chain = find_chains(toy_net())['layer1']
+    assert {sides for name, sides in chain.sources(1).items() if name != 'conv1.weight'} == {
+        (Place(chain, 0), Place(chain, 2))}
 
 
 def windowed(*sizes: int) -> Chain:
@@ -150,7 +155,8 @@ def windowed(*sizes: int) -> Chain:
     (3, [1, 3, 4], (0, 6)),  # the nearest ones of its kind are replaced as well
 ])
 def test_sources_of_another_size_come_from_the_nearest_block_that_has_the_right_one(index, replaced, table):
-    sources = windowed(7, 7, 9, 7, 7, 9, 7).sources(index, replaced)
+    sources = windowed(7, 7, 9, 7, 7, 9, 7).sources(index, {'blocks': replaced})
+    sources = {name: tuple(place and place.index for place in sides) for name, sides in sources.items()}
     assert sources['table'] == table
     before = max(i for i in range(index) if i not in replaced)
     after = min(i for i in range(index + 1, 7) if i not in replaced)

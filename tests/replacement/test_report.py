@@ -73,9 +73,16 @@ def test_str_first_line_has_the_counts(report):
 def test_str_has_one_line_per_block(report):
     lines = str(report).splitlines()[1:]
     assert lines[0] == "  layer1.0 (Unit): kept, can't be replaced: no kept block before it in its stage"
-    assert lines[1] == '  layer1.1 (Unit): replaced, from layer1.0 and layer1.2'
+    assert lines[1] == '  layer1.1 (Unit): replaced, from layer1.0 and layer1.2; learns 2'
     assert lines[4] == '  layer2.1 (Unit): kept'
     assert len(lines) == 9
+
+
+def test_str_of_another_plan_ends_with_the_choice_as_blocks(toy_net):
+    report = replace_blocks_(toy_net(), dict(plan=dict(type='EveryKth', k=2)))
+    line = str(report).splitlines()[-1]
+    assert line == "  the same choice as a plan: dict(type='Blocks', blocks={'layer1': [1], 'layer2': [1, 3]})"
+    assert replace_blocks_(toy_net(), dict(plan=eval(report.as_plan))).replaced == report.replaced
 
 
 def test_rows_name_the_blocks_further_away_whose_tensors_are_used(toy_net):

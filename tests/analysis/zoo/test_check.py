@@ -23,7 +23,7 @@ def test_check_leaves_the_config_as_it_is(tiny_config, tiny_model):
 def test_check_says_that_no_block_can_be_replaced(tiny_config):
     result = check_config(tiny_config(depth=18, base_channels=16))
     assert (result.baseline, result.rl, result.replaced) == ('runs', 'no replaceable block', 0)
-    assert result.reason.endswith('blocks that can be replaced: none')
+    assert result.reason.endswith('blocks that can be replaced: none (no kept block after it in its stage)')
 
 
 def test_check_runs_synchronised_norms_in_one_process(tiny_config):

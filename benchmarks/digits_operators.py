@@ -1,0 +1,94 @@
+"""What each operator does to AP: a detector from scratch on digit scenes, the same plan for all, several seeds.
+
+Baseline, the same blocks removed ("skip"), RL-v1 and the light operators are trained with the config's own schedule.
+Finished trainings in --work-dir are reused, unfinished ones resumed. Writes docs/results/digits_operators.md.
+
+    python benchmarks/digits_operators.py --seeds 0 1 2
+"""
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+import rl_mmdet  # noqa: F401
+from rl_mmdet.analysis import run_training
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / 'docs/results/digits_operators.md'
+BASELINE = ROOT / 'configs/digits/faster-rcnn_r34_fpn_digits.py'
+REPLACED = ROOT / 'configs/digits/faster-rcnn_rl-r34-k2_fpn_digits.py'
+VARIANTS = {
+    'baseline': None,
+    'skip': dict(operator=dict(type='Skip')),
+    'DepthwiseBlock': dict(operator=dict(type='DepthwiseBlock')),
+    'SlimBlock': dict(operator=dict(type='SlimBlock')),
+    'RL-v1 (FullBlock, ScalarFusion)': {},
+    'PooledBlock': dict(operator=dict(type='PooledBlock')),
+    'FullBlock, ChannelFusion': dict(fusion=dict(type='ChannelFusion')),
+    'FullBlock, TransformFusion': dict(fusion=dict(type='TransformFusion')),
+    'DepthwiseBlock, scale 0': dict(operator=dict(type='DepthwiseBlock', scale=0)),
+    'DepthwiseBlock, scale 1': dict(operator=dict(type='DepthwiseBlock', scale=1)),
+    'SlimBlock, scale 0': dict(operator=dict(type='SlimBlock', scale=0)),
+    'SlimBlock, scale 1': dict(operator=dict(type='SlimBlock', scale=1)),
+}
+
+
+def train(name: str, seed: int, work_dir: Path) -> float:
+    """Train a variant once, or find it trained: AP at the end."""
+    folder = work_dir / f'{name.lower().replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")}_{seed}'
+    result = folder / 'ap.json'
+    if not result.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / 'config_of_variant.py'
+        replacement = VARIANTS[name]
+        base = BASELINE if replacement is None else REPLACED
+        config.write_text(f'_base_ = {str(base)!r}\n' + ('' if not replacement else
+                          f'model = dict(backbone=dict(replacement={replacement!r}))\n'))
+        cost = run_training([str(ROOT / 'tools/train.py'), str(config), '--work-dir', str(folder), '--resume',
+                             '--cfg-options', f'randomness.seed={seed}', f'data_root={work_dir}/data/'],
+                            folder, lambda line: None)
+        scalars = [json.loads(line) for path in folder.glob('*/vis_data/scalars.json')
+                   for line in path.read_text().splitlines()]
+        ap = [row['coco/bbox_mAP'] for row in scalars if 'coco/bbox_mAP' in row][-1]
+        result.write_text(json.dumps(dict(ap=ap, seconds=cost.seconds)))
+    return json.loads(result.read_text())['ap']
+
+
+def page(results: dict[str, dict[int, float]]) -> str:
+    seeds = sorted({seed for values in results.values() for seed in values})
+    lines = ['# What each operator does to AP on digit scenes', '',
+             f'Made by `python {" ".join(["benchmarks/digits_operators.py", *sys.argv[1:]])}`, '
+             f'torch {torch.__version__}, CPU. Faster R-CNN, R-34 of 16 channels, from scratch, 4 epochs of 1000 '
+             'images of 128×128, `EveryKth(k=2)`: 5 of 16 blocks replaced. COCO AP on 200 validation images.', '',
+             '| variant | ' + ' | '.join(f'seed {seed}' for seed in seeds) + ' | mean | standard deviation |',
+             '|---|' + '---|' * (len(seeds) + 2)]
+    for name, values in results.items():
+        if values:
+            found = list(values.values())
+            spread = f'{statistics.stdev(found):.3f}' if len(found) > 1 else ''
+            lines.append(f'| {name} | ' + ' | '.join(f'{values[s]:.3f}' if s in values else '' for s in seeds)
+                         + f' | {statistics.mean(found):.3f} | {spread} |')
+    return '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), default=list(VARIANTS), metavar='NAME',
+                        help=f'one or more of {list(VARIANTS)} (default: all)')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/digits_operators'))
+    args = parser.parse_args()
+    results: dict[str, dict[int, float]] = {name: {} for name in args.variants}
+    for seed in args.seeds:
+        for name in args.variants:
+            results[name][seed] = train(name, seed, args.work_dir.resolve())
+            print(f'{name}, seed {seed}: AP {results[name][seed]:.3f}', flush=True)
+            OUT.write_text(page(results))
+    print(OUT)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,34 @@
+"""Find the blocks of a trained backbone that their neighbours explain best, and print them as a plan."""
+import argparse
+
+from rich.console import Console
+
+from rl_mmdet import analysis, engine
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Find the blocks of a trained backbone that their neighbours explain '
+                                     'best, and print them as a plan', parents=[engine.config_arguments()])
+    parser.add_argument('checkpoint', help='weights of the unreplaced backbone, or of a detector with it')
+    parser.add_argument('--p', type=float, required=True, help='fraction of the replaceable blocks to replace')
+    parser.add_argument('--batches', type=int, default=4, help='batches of the training set to measure on (default: 4)')
+    parser.add_argument('--fusion', metavar='NAME|JSON', help='instead of the config\'s, e.g. ChannelFusion or '
+                        '\'{"type": "ScalarFusion", "adapt": true}\'')
+    parser.add_argument('--operator', metavar='NAME|JSON', help='instead of the config\'s')
+    return parser.parse_args()
+
+
+@engine.tool
+def main() -> None:
+    args = parse_args()
+    cfg = engine.load_config(args.config, args.cfg_options)
+    report, errors = analysis.choose_blocks(cfg, args.checkpoint, args.p, batches=args.batches, fusion=args.fusion,
+                                            operator=args.operator, allow_pickle=args.allow_pickle)
+    console = Console()
+    table = analysis.error_table(report, errors)
+    console.print(table) if console.is_terminal else Console(width=160).print(table)
+    print(f'plan={report.as_plan}')
+
+
+if __name__ == '__main__':
+    main()
