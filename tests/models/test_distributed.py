@@ -136,7 +136,16 @@ def test_ddp_equals_one_process_on_the_joined_batch(states, run):
         torch.testing.assert_close(states[0][run][key], value, rtol=1e-8, atol=1e-10, msg=key)
 
 
-@pytest.mark.parametrize('run', RUNS)
+@pytest.mark.parametrize('run', [run for run, settings in RUNS.items() if settings.get('operator') != 'Skip'])
+def test_ddp_steps_move_what_computing_layers_learn(states, run):
+    start = {name: parameter for name, parameter in build(**RUNS[run]).named_parameters()
+             if name.endswith(('.scale', '.coeff'))}
+    assert start
+    moved = {name for name, value in start.items() if not torch.equal(states[0][run][name], value)}
+    assert {name.rpartition('.')[0] for name in moved} == {name.rpartition('.')[0] for name in start}
+
+
+@pytest.mark.parametrize('run', [run for run, settings in RUNS.items() if 'operator' not in settings])
 def test_ddp_steps_move_the_coefficients(states, run):
     coefficients = [value for key, value in states[0][run].items() if key.endswith('.coeff')]
     assert coefficients
