@@ -1,10 +1,11 @@
-"""Which start of (a, b) trains better from pretrained weights: the average or the least-squares fit?
+"""Which start trains better from pretrained weights: of (a, b), or of the light operators' scale γ?
 
 A baseline detector is trained on digit scenes (or found in --work-dir), then its replaced twin goes on from the
 baseline's weights as mmdet fine-tunes: BatchNorm in eval mode, a tenth of the learning rate. Every start gets the same
-data order per seed. Writes docs/results/pretrained_start.md.
+data order per seed. Writes docs/results/pretrained_start.md, with --study scale docs/results/pretrained_scale.md.
 
     python benchmarks/pretrained_start.py --seeds 3
+    python benchmarks/pretrained_start.py --seeds 3 --study scale
 """
 import argparse
 import statistics
@@ -29,6 +30,18 @@ STARTS = {
     'average, statistics not recalibrated': dict(pretrained='average', recalibrate=False),
     'least squares, statistics not recalibrated': dict(pretrained='least_squares', recalibrate=False),
 }
+SCALES = {
+    'baseline, nothing replaced': None,
+    'FullBlock': dict(operator=dict(type='FullBlock')),
+    'Skip': dict(operator=dict(type='Skip')),
+    **{f'{operator}, γ = {scale}': dict(operator=dict(type=operator, scale=scale))
+       for operator in ('DepthwiseBlock', 'SlimBlock') for scale in (0, 0.1, 1)},
+    'PooledBlock, γ = 1': dict(operator=dict(type='PooledBlock')),
+}
+STUDIES = {
+    'start': (STARTS, 'pretrained_start.md', 'How should (a, b) start from pretrained weights?', 'RL-v1'),
+    'scale': (SCALES, 'pretrained_scale.md', 'How should γ start from pretrained weights?', 'light operators (RL-v2)'),
+}
 
 
 @HOOKS.register_module()
@@ -44,7 +57,8 @@ def fine_tune(start: dict | None, checkpoint: str, seed: int, iterations: int, w
     """Fine-tune once; AP before and after, mean loss over the first and the last 30 iterations."""
     cfg = load_config(str(REPLACED if start else BASELINE), work_dir=str(work_dir))
     if start:
-        cfg.model.backbone.replacement.fusion = dict(type='ScalarFusion', pretrained=start['pretrained'])
+        fusion = dict(type='ScalarFusion', pretrained=start.get('pretrained', 'average'))
+        cfg.model.backbone.replacement.update(fusion=fusion, operator=start.get('operator'))
     cfg.model.backbone.norm_eval = True
     cfg.load_from = checkpoint
     cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
@@ -69,10 +83,11 @@ def fine_tune(start: dict | None, checkpoint: str, seed: int, iterations: int, w
                 ap_after=float(runner.message_hub.get_scalar('val/coco/bbox_mAP').current()))
 
 
-def report(results: dict[str, list[dict]], iterations: int, command: str) -> str:
+def report(results: dict[str, list[dict]], iterations: int, command: str, study: str) -> str:
     """The results as a Markdown page."""
-    lines = ['# How should (a, b) start from pretrained weights?', '',
-             f'Made by `{command}`. Faster R-CNN, R-34 with 16 base channels, digit scenes, on a CPU; RL-v1, '
+    _, _, title, what = STUDIES[study]
+    lines = [f'# {title}', '',
+             f'Made by `{command}`. Faster R-CNN, R-34 with 16 base channels, digit scenes, on a CPU; {what}, '
              '`EveryKth(k=2)`, detached. The twin starts from the trained baseline and trains '
              f'{iterations} more iterations with BatchNorm in eval mode. AP on val, losses on train; mean over '
              f'{len(next(iter(results.values())))} seeds, ± standard deviation.', '',
@@ -94,22 +109,27 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--iterations', type=int, default=120)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/pretrained_start'))
-    parser.add_argument('--out', type=Path, default=ROOT / 'docs/results/pretrained_start.md')
+    parser.add_argument('--study', choices=STUDIES, default='start')
+    parser.add_argument('--out', type=Path, help='the page (default: in docs/results)')
     args = parser.parse_args()
+    starts, page, *_ = STUDIES[args.study]
+    out = args.out or ROOT / 'docs/results' / page
     baseline = args.work_dir / 'baseline'
-    command = [str(ROOT / 'tools/train.py'), str(BASELINE), '--work-dir', str(baseline), '--resume']
-    run_training(command, baseline, print)
+    training = [str(ROOT / 'tools/train.py'), str(BASELINE), '--work-dir', str(baseline), '--resume']
+    run_training(training, baseline, print)
     checkpoint = (baseline / 'last_checkpoint').read_text().strip()
-    results: dict[str, list[dict]] = {name: [] for name in STARTS}
+    results: dict[str, list[dict]] = {name: [] for name in starts}
     for seed in range(args.seeds):
-        for index, (name, start) in enumerate(STARTS.items()):
-            found = fine_tune(start, checkpoint, seed, args.iterations, args.work_dir / f'start{index}_seed{seed}')
+        for index, (name, start) in enumerate(starts.items()):
+            folder = args.work_dir / f'{args.study}{index}_seed{seed}'
+            found = fine_tune(start, checkpoint, seed, args.iterations, folder)
             results[name].append(found)
             print(f'seed {seed}, {name}: {found}', flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(report(results, args.iterations, f'python benchmarks/pretrained_start.py --seeds {args.seeds} '
-                                                         f'--iterations {args.iterations}'))
-    print(args.out)
+    command = f'python benchmarks/pretrained_start.py --seeds {args.seeds} --iterations {args.iterations}'
+    command += '' if args.study == 'start' else f' --study {args.study}'
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(report(results, args.iterations, command, args.study))
+    print(out)
 
 
 if __name__ == '__main__':
