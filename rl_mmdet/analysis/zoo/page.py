@@ -16,7 +16,9 @@ The images are synthetic, of {SIZES[0]}x{SIZES[0]} pixels ({SIZES[1]} or {SIZES[
 ones), with one or two objects each. The same for both: plain SGD in place of the config's optimizer, BatchNorm in place
 of its synchronised form, images of their own size where a config pads or resizes whole batches; trackers that mmdet
 doesn't train as a whole train their detector; the box regressors of QueryInst and Sparse R-CNN start from zero, because
-mmdet can't paste the masks of boxes outside of the image on a CPU. Configs whose models are equal share one run."""
+mmdet can't paste the masks of boxes outside of the image on a CPU. Configs whose models are equal share one run. mmdet
+leaves the weights of TridentNet's convolutions to whatever is in memory, so its configs run, or give nan, by chance,
+with replacement or without."""
 
 
 def coverage_page(outcomes: Sequence[Outcome], command: str) -> str:
