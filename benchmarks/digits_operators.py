@@ -1,14 +1,15 @@
 """What each operator does to AP: a detector from scratch on digit scenes, the same plan for all, several seeds.
 
 Baseline, the same blocks removed ("skip"), RL-v1 and the light operators are trained with the config's own schedule.
-Finished trainings in --work-dir are reused, unfinished ones resumed. Writes docs/results/digits_operators.md.
+Finished trainings in --work-dir are reused, unfinished ones resumed. Writes docs/results/digits_operators.md, with
+everything that is found in --work-dir.
 
     python benchmarks/digits_operators.py --seeds 0 1 2
 """
 import argparse
 import json
+import re
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -36,17 +37,30 @@ VARIANTS = {
 }
 
 
-def train(name: str, seed: int, work_dir: Path) -> float:
+PLANS = {
+    'EveryKth(k=2)': dict(type='EveryKth', k=2),
+    'Fraction(1)': dict(type='Fraction', p=1.0),
+}
+COUNTS = {'EveryKth(k=2)': 5, 'Fraction(1)': 8}
+
+
+def folder_of(name: str, plan: str, seed: int, work_dir: Path) -> Path:
+    words = f'{name}_{plan}' if plan == 'Fraction(1)' and name != 'baseline' else name
+    return work_dir / f'{re.sub("[(),=]", "", words).lower().replace(" ", "-")}_{seed}'
+
+
+def train(name: str, plan: str, seed: int, work_dir: Path) -> float:
     """Train a variant once, or find it trained: AP at the end."""
-    folder = work_dir / f'{name.lower().replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")}_{seed}'
+    folder = folder_of(name, plan, seed, work_dir)
     result = folder / 'ap.json'
     if not result.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / 'config_of_variant.py'
-        replacement = VARIANTS[name]
-        base = BASELINE if replacement is None else REPLACED
-        config.write_text(f'_base_ = {str(base)!r}\n' + ('' if not replacement else
-                          f'model = dict(backbone=dict(replacement={replacement!r}))\n'))
+        text = f'_base_ = {str(BASELINE)!r}\n'
+        if VARIANTS[name] is not None:
+            replacement = dict(VARIANTS[name], plan=dict(PLANS[plan], _delete_=True))
+            text = f'_base_ = {str(REPLACED)!r}\nmodel = dict(backbone=dict(replacement={replacement!r}))\n'
+        config.write_text(text)
         cost = run_training([str(ROOT / 'tools/train.py'), str(config), '--work-dir', str(folder), '--resume',
                              '--cfg-options', f'randomness.seed={seed}', f'data_root={work_dir}/data/'],
                             folder, lambda line: None)
@@ -57,21 +71,26 @@ def train(name: str, seed: int, work_dir: Path) -> float:
     return json.loads(result.read_text())['ap']
 
 
-def page(results: dict[str, dict[int, float]]) -> str:
-    seeds = sorted({seed for values in results.values() for seed in values})
+def page(seeds: list[int], work_dir: Path) -> str:
     lines = ['# What each operator does to AP on digit scenes', '',
-             f'Made by `python {" ".join(["benchmarks/digits_operators.py", *sys.argv[1:]])}`, '
-             f'torch {torch.__version__}, CPU. Faster R-CNN, R-34 of 16 channels, from scratch, 4 epochs of 1000 '
-             'images of 128×128, `EveryKth(k=2)`: 5 of 16 blocks replaced. COCO AP on 200 validation images.', '',
-             '| variant | ' + ' | '.join(f'seed {seed}' for seed in seeds) + ' | mean | standard deviation |',
-             '|---|' + '---|' * (len(seeds) + 2)]
-    for name, values in results.items():
-        if values:
-            found = list(values.values())
-            spread = f'{statistics.stdev(found):.3f}' if len(found) > 1 else ''
-            lines.append(f'| {name} | ' + ' | '.join(f'{values[s]:.3f}' if s in values else '' for s in seeds)
-                         + f' | {statistics.mean(found):.3f} | {spread} |')
-    return '\n'.join(lines) + '\n'
+             f'Made by `python benchmarks/digits_operators.py --seeds {" ".join(map(str, seeds))}`, torch '
+             f'{torch.__version__}, CPU. Faster R-CNN, R-34 of 16 channels, from scratch, 4 epochs of 1000 images of '
+             '128×128; COCO AP on 200 validation images. A variant without a row, or with an empty cell, has not been '
+             'trained.', '']
+    for plan in PLANS:
+        lines += [f'## {plan}: {COUNTS[plan]} of 16 blocks replaced', '',
+                  '| variant | ' + ' | '.join(f'seed {seed}' for seed in seeds) + ' | mean | standard deviation |',
+                  '|---|' + '---|' * (len(seeds) + 2)]
+        for name in VARIANTS:
+            files = {seed: folder_of(name, plan, seed, work_dir) / 'ap.json' for seed in seeds}
+            values = {seed: json.loads(file.read_text())['ap'] for seed, file in files.items() if file.is_file()}
+            if values:
+                found = list(values.values())
+                spread = f'{statistics.stdev(found):.3f}' if len(found) > 1 else ''
+                lines.append(f'| {name} | ' + ' | '.join(f'{values[s]:.3f}' if s in values else '' for s in seeds)
+                             + f' | {statistics.mean(found):.3f} | {spread} |')
+        lines.append('')
+    return '\n'.join(lines)
 
 
 def main() -> None:
@@ -79,14 +98,15 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), default=list(VARIANTS), metavar='NAME',
                         help=f'one or more of {list(VARIANTS)} (default: all)')
+    parser.add_argument('--plans', nargs='+', choices=list(PLANS), default=list(PLANS), metavar='PLAN')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/digits_operators'))
     args = parser.parse_args()
-    results: dict[str, dict[int, float]] = {name: {} for name in args.variants}
+    work_dir = args.work_dir.resolve()
     for seed in args.seeds:
-        for name in args.variants:
-            results[name][seed] = train(name, seed, args.work_dir.resolve())
-            print(f'{name}, seed {seed}: AP {results[name][seed]:.3f}', flush=True)
-            OUT.write_text(page(results))
+        for plan in args.plans:
+            for name in args.variants:
+                print(f'{name}, {plan}, seed {seed}: AP {train(name, plan, seed, work_dir):.3f}', flush=True)
+                OUT.write_text(page(args.seeds, work_dir))
     print(OUT)
 
 

@@ -31,6 +31,15 @@ def test_coefficients_take_no_weight_decay(replaced, paramwise_cfg):
     assert decays['layer1.0.conv1.weight'] == .05
 
 
+def test_everything_that_computing_layers_learn_takes_no_weight_decay(toy_net):
+    model = toy_net()
+    replace_blocks_(model, dict(plan=dict(type='EveryKth', k=2), operator=dict(type='SlimBlock', width=.5),
+                                fusion=dict(type='TransformFusion', rank=1)))
+    decays = decay_by_parameter(model)
+    own = {f'{name}.{kind}' for name in computing_layers(model) for kind in ('coeff', 'up', 'down', 'scale')}
+    assert {name for name, decay in decays.items() if decay == 0.} == own
+
+
 def test_paramwise_cfg_still_applies(replaced):
     assert decay_by_parameter(replaced, dict(norm_decay_mult=0.))['layer1.0.norm1.weight'] == 0.
 

@@ -191,7 +191,7 @@ def test_autocast(build, image):
 
 
 def test_compiled(build, image):
-    model = torch.compile(build(), backend='aot_eager')
+    model = torch.compile(build(), backend='aot_eager', fullgraph=True)
     expected = gradients(build(), image)
     actual = gradients(model, image)
     for name, value in expected.items():
