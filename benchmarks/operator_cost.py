@@ -28,8 +28,9 @@ BACKBONES = {
 }
 
 
-def variant(operator: str, memory: str | None = None, **fusion: str) -> dict:
-    return dict(plan=PLAN, operator=dict(type=operator), gradient=dict(memory=memory), fusion=fusion or None)
+def variant(operator: str, memory: str | None = None, sample: float | None = None, **fusion: str) -> dict:
+    return dict(plan=PLAN, operator=dict(type=operator), gradient=dict(memory=memory, sample=sample),
+                fusion=fusion or None)
 
 
 VARIANTS = {
@@ -37,6 +38,8 @@ VARIANTS = {
     'skip': variant('Skip'),
     'RL-v1 (FullBlock)': variant('FullBlock'),
     'RL-v1, recompute': variant('FullBlock', 'recompute'),
+    'RL-v1, sample=1/8': variant('FullBlock', sample=1 / 8),
+    'RL-v1, sample=1/8, rebuild': variant('FullBlock', 'rebuild', sample=1 / 8),
     'FullBlock, ChannelFusion': variant('FullBlock', type='ChannelFusion'),
     'FullBlock, TransformFusion': variant('FullBlock', type='TransformFusion'),
     'DepthwiseBlock': variant('DepthwiseBlock'),
@@ -57,6 +60,7 @@ def cost(backbone: nn.Module) -> tuple[int, int, int, int]:
         torch.manual_seed(0)  # stochastic depth draws
         return backbone(image)
 
+    forward()  # once, the cheap path checks its recipes
     saved = saved_bytes(backbone, forward)
     flops = count_flops(forward)
     both = count_flops(lambda: sum(output.sum() for output in forward()).backward())

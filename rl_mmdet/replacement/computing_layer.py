@@ -1,4 +1,5 @@
 """The computing layer: the module that stands where a block was."""
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .chain import Chain, Choice, all_parameters
+from .cheap_block import Job, recipe_of
 from .fusions import Pair
+from .operators import FullBlock
 from .rebuild import Rebuilt
 from .resize import resize
 
@@ -50,6 +53,10 @@ class ComputingLayer(nn.Module):
         self.rebuilt: Rebuilt | None = None
         """How the last output is made again, until the block after this one takes it; see :func:`~.rebuild.follow`."""
         self.followed = False
+        self.recipe = recipe_of(block) if gradient.sample is not None and isinstance(operator, FullBlock) else None
+        """How the block is computed, where its gradient can be sampled."""
+        self.recipe_agrees: bool | None = None
+        self.job: Job | None = None
         self.norm_stale = True
         """The weights are new and BatchNorm's running statistics still the removed block's."""
         like = next(block.parameters())
@@ -115,16 +122,17 @@ class ComputingLayer(nn.Module):
         """What the operator needs of a tensor of this name, which is in the removed block's size or in another one."""
         return self.operator.read(resize(name, tensor, self.shapes[name]), self.made[name])
 
-    def synthesise(self, detach: bool = False) -> dict[str, Tensor]:
+    def synthesise(self, detach: bool = False, parameters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of the removed block that the operator needs, made by the fusion.
 
         Args:
             detach: cut the neighbours off, so that only the fusion's parameters get gradient.
+            parameters: values for the fusion's parameters, in place of the layer's own.
         """
         pairs = self.pairs()
         if detach:
             pairs = {name: tuple(t if t is None else t.detach() for t in pair) for name, pair in pairs.items()}
-        return self.fusion.fuse(self._parameters, pairs) if pairs else {}
+        return self.fusion.fuse(parameters or self._parameters, pairs) if pairs else {}
 
     def weights(self, detach: bool = False) -> dict[str, Tensor]:
         """All weights of what the operator runs, from the synthesised tensors. Arguments as there."""
@@ -152,18 +160,27 @@ class ComputingLayer(nn.Module):
         else:
             out = self.gradient.run(self, method, *args, **kwargs)
         if self.followed and not torch.compiler.is_compiling():
-            again = partial(self._again, method, args[1:], kwargs)
-            sources = [tensor for pair in self._sources().values() for tensor in pair if tensor is not None]
-            self.rebuilt = Rebuilt(out, again, args[0], [*sources, *self._parameters.values()])
+            again = self._again(method, args[1:], kwargs)
+            self.rebuilt = again and Rebuilt(out, again, args[0], [*self.used_tensors(), *self._parameters.values()])
         return out
 
-    def _again(self, method: str, args: tuple, kwargs: dict[str, Any], inputs: Tensor) -> Tensor:
-        return self.gradient.run(self, method, inputs, *args, **kwargs)
+    def _again(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
+        """What makes the output just made again, given the input; None if nothing can."""
+        job, self.job = self.job, None
+        if self.operator.repeatable:
+            return lambda inputs: self.gradient.run(self, method, inputs, *args, **kwargs)
+        if job is not None and job.rebuild:
+            return lambda inputs: job.again(inputs, list(self._parameters.values()))
+        return None
+
+    def used_tensors(self) -> list[Tensor]:
+        """The kept blocks' tensors that the layer's are made of."""
+        return [tensor for pair in self._sources().values() for tensor in pair if tensor is not None]
 
     @property
     def rebuilds(self) -> bool:
         """Whether the output is to be made again in backward instead of being kept, if a block follows in the chain."""
-        return self.gradient.memory is not None and self.operator.repeatable
+        return self.gradient.memory is not None and (self.operator.repeatable or self.recipe is not None)
 
     def train(self, mode: bool = True) -> 'ComputingLayer':
         self.template.training = mode

@@ -121,10 +121,10 @@ def _build_parts(replacement: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     fusion = build_part(FUSIONS, replacement.get('fusion'), default='ScalarFusion')
     operator = build_part(OPERATORS, replacement.get('operator'), default='FullBlock')
     gradient = build_gradient(replacement.get('gradient'))
-    if gradient.memory == 'rebuild' and not operator.repeatable:
+    if gradient.memory == 'rebuild' and not operator.repeatable and gradient.sample is None:
         able = [name for name, cls in OPERATORS.module_dict.items() if cls.repeatable]
-        raise ValueError(f"replacement.gradient: memory='rebuild' isn't possible with {operator}; use "
-                         f"memory='recompute', or one of the operators {', '.join(able)}")
+        raise ValueError(f"replacement.gradient: memory='rebuild' isn't possible with {operator} and plain autograd; "
+                         f"use memory='recompute', sample=0.125 (FullBlock), or one of the operators {', '.join(able)}")
     return plan, dict(fusion=fusion, operator=operator, gradient=gradient)
 
 

@@ -23,9 +23,12 @@ def test_a_good_config_passes_and_reports_the_replacement(tiny):
 
 
 @pytest.mark.parametrize(('replacement', 'complaint'), [
-    ("plan=dict(_delete_=True, type='EveryThird')", "unknown type 'EveryThird'; allowed: Blocks, EveryKth"),
-    ("fusion=dict(type='Sum')", "replacement.fusion: unknown type 'Sum'; allowed: ScalarFusion"),
-    ("operator=dict(type='Half')", "replacement.operator: unknown type 'Half'; allowed: FullBlock"),
+    ("plan=dict(_delete_=True, type='EveryThird')", "unknown type 'EveryThird'; allowed: BestFit, Blocks, Budget, "
+     'EveryKth, Fraction'),
+    ("fusion=dict(type='Sum')", "replacement.fusion: unknown type 'Sum'; allowed: ChannelFusion, OwnWeights, "
+     'ScalarFusion, TransformFusion'),
+    ("operator=dict(type='Half')", "replacement.operator: unknown type 'Half'; allowed: DepthwiseBlock, FullBlock, "
+     'PooledBlock, Skip, SlimBlock'),
     ("gradient=dict(mode='both')", "replacement.gradient: unknown mode 'both'; allowed: detached, coupled"),
     ("plan=dict(type='EveryKth', k=1)", 'k must be an integer of at least 2, got 1'),
     ("plan=dict(_delete_=True, type='Blocks', blocks={'layer9': [1]})", "there is no stage 'layer9'"),

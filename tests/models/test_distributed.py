@@ -42,15 +42,17 @@ LIGHT = [('resnet', 'DepthwiseBlock', 'rebuild'), ('resnet', 'SlimBlock', 'recom
          ('swin', 'SlimBlock', 'recompute'), ('vit', 'SlimBlock', 'rebuild'), ('resnet', 'Skip', None)]
 RUNS.update({f'{backbone}_{mode}_{operator}': dict(backbone=backbone, mode=mode, operator=operator, memory=memory)
              for backbone, operator, memory in LIGHT for mode in Gradient.MODES})
+RUNS.update({f'resnet_sampled_{memory}': dict(backbone='resnet', mode='detached', memory=memory, sample=1)
+             for memory in Gradient.MEMORY})
 
 
 def build(backbone: str, mode: str, with_cp: bool = False, operator: str = 'FullBlock',
-          memory: str | None = None) -> nn.Module:
+          memory: str | None = None, sample: float | None = None) -> nn.Module:
     """A small backbone with some replaced blocks, in training and in float64."""
     torch.manual_seed(0)
     more = dict(with_cp=True) if with_cp else {}
     replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type=operator),
-                       gradient=dict(mode=mode, memory=memory))
+                       gradient=dict(mode=mode, memory=memory, sample=sample))
     model = MODELS.build(copy.deepcopy(dict(BACKBONES[backbone], replacement=replacement, **more)))
     model.train()
     return model.double()

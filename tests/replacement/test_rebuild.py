@@ -199,7 +199,7 @@ def test_compiled(build, image):
 
 
 def test_rebuild_with_the_full_block_is_refused(build):
-    with pytest.raises(ValueError, match=r"memory='rebuild' isn't possible with FullBlock\(\); use memory='recompute'"):
+    with pytest.raises(ValueError, match=r"memory='rebuild' isn't possible with FullBlock\(\) and plain autograd; use"):
         build('FullBlock')
 
 
