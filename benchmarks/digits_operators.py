@@ -24,16 +24,12 @@ REPLACED = ROOT / 'configs/digits/faster-rcnn_rl-r34-k2_fpn_digits.py'
 VARIANTS = {
     'baseline': None,
     'skip': dict(operator=dict(type='Skip')),
-    'DepthwiseBlock': dict(operator=dict(type='DepthwiseBlock')),
-    'SlimBlock': dict(operator=dict(type='SlimBlock')),
+    **{f'{operator}, scale {scale}': dict(operator=dict(type=operator, scale=scale))
+       for scale in (0, 0.1, 1) for operator in ('SlimBlock', 'DepthwiseBlock')},
     'RL-v1 (FullBlock, ScalarFusion)': {},
     'PooledBlock': dict(operator=dict(type='PooledBlock')),
     'FullBlock, ChannelFusion': dict(fusion=dict(type='ChannelFusion')),
     'FullBlock, TransformFusion': dict(fusion=dict(type='TransformFusion')),
-    'DepthwiseBlock, scale 0': dict(operator=dict(type='DepthwiseBlock', scale=0)),
-    'DepthwiseBlock, scale 1': dict(operator=dict(type='DepthwiseBlock', scale=1)),
-    'SlimBlock, scale 0': dict(operator=dict(type='SlimBlock', scale=0)),
-    'SlimBlock, scale 1': dict(operator=dict(type='SlimBlock', scale=1)),
 }
 
 

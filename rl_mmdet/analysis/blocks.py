@@ -8,7 +8,7 @@ from ..engine import UserError, read_checkpoint
 from ..engine.preflight import build_model
 from ..models.layouts import state_dict_of
 from ..replacement import ReplacementReport, adapt_state_dict, find_chains
-from ..replacement.report import describe_blocks
+from ..replacement.report import BlockRow, describe_blocks
 
 
 def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool = False) -> Table:
@@ -42,7 +42,7 @@ def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool =
                       '[bold]replaced[/]' if row.replaced else 'kept',
                       ', '.join((row.before, row.after, *row.others)) if row.replaced else '',
                       '' if residual is None else f'{residual:.3f}',
-                      "can't be replaced: " + row.reason if row.reason and not row.replaced else '')
+                      _note(row))
     return table
 
 
@@ -54,6 +54,12 @@ def backbone_cfg(cfg: Config) -> dict:
     if MODELS.get(backbone.type) is None:
         raise UserError(f'model.backbone: unknown type {backbone.type!r}')
     return backbone
+
+
+def _note(row: BlockRow) -> str:
+    if row.unsampled:
+        return 'takes plain autograd: such a block can\'t be sampled'
+    return "can't be replaced: " + row.reason if row.reason and not row.replaced else ''
 
 
 def _residuals(backbone: nn.Module, checkpoint: str, allow_pickle: bool) -> dict[str, float]:

@@ -19,6 +19,7 @@ class LightOperator(Operator):
 
     Args:
         scale: start of all γ; at 0 the start is the identity, and the fusion learns from the second step on.
+            docs/results/digits_operators.md and pretrained_scale.md have the measurements behind the defaults.
 
     Raises:
         ValueError: ``scale`` isn't a finite number.
@@ -88,7 +89,7 @@ class DepthwiseBlock(LightOperator):
 
     repeatable = True
 
-    def __init__(self, scale: float = 0.1) -> None:
+    def __init__(self, scale: float = 0.0) -> None:
         super().__init__(scale)
 
     def needs(self, block: nn.Module) -> dict[str, Shape]:
@@ -157,7 +158,7 @@ class SlimBlock(LightOperator):
 
     repeatable = True
 
-    def __init__(self, width: float = 0.0625, scale: float = 0.1) -> None:
+    def __init__(self, width: float = 0.0625, scale: float = 0.0) -> None:
         super().__init__(scale)
         if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
             raise ValueError(f'SlimBlock: width must be above 0 and at most 1, got {width!r}')

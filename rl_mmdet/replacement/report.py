@@ -21,6 +21,7 @@ class BlockRow:
         others: names of kept blocks further away that give it the tensors which have another size in those two.
         reason: why it can't be replaced, None if it can.
         learnable: number of parameters of the computing layer that stands there.
+        unsampled: sampling was asked for, but such a block takes plain autograd.
     """
     chain: str
     index: int
@@ -33,6 +34,7 @@ class BlockRow:
     others: tuple[str, ...] = ()
     reason: str | None = None
     learnable: int = 0
+    unsampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def _describe(row: BlockRow) -> str:
     if row.replaced:
         others = f'; tensors of another size there from {" and ".join(row.others)}' if row.others else ''
         neighbours = ' and '.join(name for name in (row.before, row.after) if name is not None)
-        return f'replaced, from {neighbours}{others}; learns {row.learnable:,}'
+        return f'replaced, from {neighbours}{others}; learns {row.learnable:,}' + (
+            ', by plain autograd: such a block can\'t be sampled' if row.unsampled else '')
     return 'kept' if row.reason is None else f'kept, can\'t be replaced: {row.reason}'
 
 

@@ -10,6 +10,7 @@ from .chain import Chain, find_chains
 from .computing_layer import ComputingLayer
 from .fusions import OwnWeights
 from .gradients import build_gradient
+from .operators import FullBlock
 from .plans import Choice, describe_replaceable
 from .pretrained import add_pretrained_hook, remove_pretrained_hook
 from .rebuild import follow, stop_following
@@ -57,14 +58,16 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
     rows = describe_blocks(chains, choice)
     for name, indices in choice.items():
         _replace_in_chain_(chains[name], indices, choice, parts)
-    learnable = {name: sum(p.numel() for p in layer.parameters(recurse=False))
-                 for name, layer in computing_layers(model).items()}
+    layers = computing_layers(model)
+    learnable = {name: sum(p.numel() for p in layer.parameters(recurse=False)) for name, layer in layers.items()}
+    plain = {name for name, layer in layers.items() if layer.gradient.sample is not None and layer.recipe is None}
     if isinstance(parts['fusion'], OwnWeights):
         learnable = {name: sum(p.numel() for p in block.parameters()) for name, block in _make_plain_(model).items()}
     else:
         add_pretrained_hook(model)
     settings = {key: repr(part) for key, part in dict(plan=plan, **parts).items()}
-    return ReplacementReport(tuple(replace(row, learnable=learnable.get(row.name, 0)) for row in rows), settings)
+    return ReplacementReport(tuple(replace(row, learnable=learnable.get(row.name, 0), unsampled=row.name in plain)
+                                   for row in rows), settings)
 
 
 def computing_layers(model: nn.Module) -> dict[str, ComputingLayer]:
@@ -125,6 +128,9 @@ def _build_parts(replacement: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         able = [name for name, cls in OPERATORS.module_dict.items() if cls.repeatable]
         raise ValueError(f"replacement.gradient: memory='rebuild' isn't possible with {operator} and plain autograd; "
                          f"use memory='recompute', sample=0.125 (FullBlock), or one of the operators {', '.join(able)}")
+    if gradient.sample is not None and not isinstance(operator, FullBlock):
+        raise ValueError(f'replacement.gradient: sample={gradient.sample} is for FullBlock; {operator} takes plain '
+                         'autograd, leave sample out')
     return plan, dict(fusion=fusion, operator=operator, gradient=gradient)
 
 

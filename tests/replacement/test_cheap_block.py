@@ -263,9 +263,16 @@ def test_bad_settings(build, settings, message):
         build(**dict(dict(sample=1), **settings))
 
 
+def test_sampling_light_operators_is_refused(toy_net):
+    with pytest.raises(ValueError, match=r'sample=0.5 is for FullBlock; SlimBlock\(.*\) takes plain autograd'):
+        replace_blocks_(toy_net(), dict(plan=dict(type='EveryKth', k=2), operator=dict(type='SlimBlock'),
+                                        gradient=dict(sample=0.5)))
+
+
 def test_blocks_that_cannot_be_sampled_learn_all_the_same(toy_net):
     model = toy_net()
-    replace_blocks_(model, dict(plan=dict(type='EveryKth', k=2), gradient=dict(sample=0.5, memory='rebuild')))
+    report = replace_blocks_(model, dict(plan=dict(type='EveryKth', k=2), gradient=dict(sample=0.5, memory='rebuild')))
+    assert "layer2.1 (Unit): replaced, from layer2.0 and layer2.2; learns 2, by plain autograd" in str(report)
     model.eval()
     model(torch.rand(1, 3, 8, 8)).sum().backward()
     assert all(layer.coeff.grad is not None for layer in computing_layers(model).values())

@@ -36,7 +36,8 @@ def build():
         torch.manual_seed(0)
         model = nn.Sequential()
         model.stage = nn.Sequential(*(Bottleneck() for _ in range(6)))
-        replace_blocks_(model, dict(plan=dict(type='Blocks', blocks=BLOCKS), operator=dict(type=operator),
+        scale = {} if operator == 'FullBlock' else dict(scale=0.5)
+        replace_blocks_(model, dict(plan=dict(type='Blocks', blocks=BLOCKS), operator=dict(type=operator, **scale),
                                     gradient=dict(mode=mode, memory=memory)))
         return model
     return net
