@@ -2,10 +2,12 @@
 
 A baseline detector is trained on digit scenes (or found in --work-dir), then its replaced twin goes on from the
 baseline's weights as mmdet fine-tunes: BatchNorm in eval mode, a tenth of the learning rate. Every start gets the same
-data order per seed. Writes docs/results/pretrained_start.md, with --study scale docs/results/pretrained_scale.md.
+data order per seed. Writes docs/results/pretrained_start.md, with --study scale pretrained_scale.md beside it, and
+with --study sample sampled_gradient.md: does a sampled gradient train as well?
 
     python benchmarks/pretrained_start.py --seeds 3
     python benchmarks/pretrained_start.py --seeds 3 --study scale
+    python benchmarks/pretrained_start.py --seeds 3 --study sample
 """
 import argparse
 import statistics
@@ -38,9 +40,15 @@ SCALES = {
        for operator in ('DepthwiseBlock', 'SlimBlock') for scale in (0, 0.1, 1)},
     'PooledBlock, γ = 1': dict(operator=dict(type='PooledBlock')),
 }
+SAMPLES = {
+    'RL-v1, plain autograd': dict(),
+    'RL-v1, sample=1, rebuild': dict(gradient=dict(sample=1, memory='rebuild')),
+    'RL-v1, sample=1/8, rebuild': dict(gradient=dict(sample=1 / 8, memory='rebuild')),
+}
 STUDIES = {
     'start': (STARTS, 'pretrained_start.md', 'How should (a, b) start from pretrained weights?', 'RL-v1'),
     'scale': (SCALES, 'pretrained_scale.md', 'How should γ start from pretrained weights?', 'light operators (RL-v2)'),
+    'sample': (SAMPLES, 'sampled_gradient.md', 'Does a sampled gradient of (a, b) train as well?', 'RL-v1'),
 }
 
 
@@ -55,10 +63,11 @@ class EvaluateFirstHook(Hook):
 
 def fine_tune(start: dict | None, checkpoint: str, seed: int, iterations: int, work_dir: Path) -> dict[str, float]:
     """Fine-tune once; AP before and after, mean loss over the first and the last 30 iterations."""
-    cfg = load_config(str(REPLACED if start else BASELINE), work_dir=str(work_dir))
-    if start:
+    cfg = load_config(str(BASELINE if start is None else REPLACED), work_dir=str(work_dir))
+    if start is not None:
         fusion = dict(type='ScalarFusion', pretrained=start.get('pretrained', 'average'))
-        cfg.model.backbone.replacement.update(fusion=fusion, operator=start.get('operator'))
+        cfg.model.backbone.replacement.update(fusion=fusion, operator=start.get('operator'),
+                                              gradient=start.get('gradient'))
     cfg.model.backbone.norm_eval = True
     cfg.load_from = checkpoint
     cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)

@@ -93,9 +93,11 @@ def agrees(recipe: Recipe, block: nn.Module, tensors: dict[str, Tensor], run: Ca
     convs = [block.get_submodule(name) for name in recipe.convs]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, convs[0].in_channels, 6, 6, generator=generator).to(like)
-    made = _forward(x, recipe.fold(block, tensors), convs)[-1]
-    expected = run(x)
-    return made.shape == expected.shape and torch.allclose(made, expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
+    with torch.autocast(like.device.type, enabled=False):
+        made, expected = _forward(x, recipe.fold(block, tensors), convs)[-1], run(x)
+    tolerance = max(1e-3, 16 * torch.finfo(like.dtype).eps)
+    return made.shape == expected.shape and torch.allclose(made, expected, tolerance,
+                                                           tolerance * expected.abs().max().item())
 
 
 def _forward(x: Tensor, folded: Folded, convs: list[nn.Conv2d]) -> list[Tensor]:

@@ -212,11 +212,19 @@ def test_under_activation_checkpoints_the_same_band_is_drawn_again(build):
 @pytest.mark.parametrize('memory', [None, 'rebuild'])
 def test_autocast(build, memory):
     image = picture('bottleneck').float()
+    model = build(memory=memory).float()
     with torch.autocast('cpu', dtype=torch.bfloat16):
         expected = gradients(build(sample=None).float(), image)
-        actual = gradients(build(memory=memory).float(), image)
+        actual = gradients(model, image)
+        assert is_cheap(model, image.requires_grad_())
     for name, value in expected.items():
         assert (actual[name].float() - value.float()).norm() <= 0.05 * value.float().norm() + 1e-3, name
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_takes_the_cheap_path(build, dtype):
+    model, image = build().to(dtype), picture('bottleneck').to(dtype)
+    assert is_cheap(model, image.requires_grad_())
 
 
 def test_channels_last_stays(build):
