@@ -72,19 +72,24 @@ def page(seeds: list[int], work_dir: Path) -> str:
              f'Made by `python benchmarks/digits_operators.py --seeds {" ".join(map(str, seeds))}`, torch '
              f'{torch.__version__}, CPU. Faster R-CNN, R-34 of 16 channels, from scratch, 4 epochs of 1000 images of '
              '128×128; COCO AP on 200 validation images. A variant without a row, or with an empty cell, has not been '
-             'trained.', '']
+             'trained. A difference of means that isn\'t larger than the standard deviations says nothing.', '']
     for plan in PLANS:
         lines += [f'## {plan}: {COUNTS[plan]} of 16 blocks replaced', '',
-                  '| variant | ' + ' | '.join(f'seed {seed}' for seed in seeds) + ' | mean | standard deviation |',
-                  '|---|' + '---|' * (len(seeds) + 2)]
+                  '| variant | ' + ' | '.join(f'seed {seed}' for seed in seeds)
+                  + ' | mean | standard deviation | less baseline | less skip |',
+                  '|---|' + '---|' * (len(seeds) + 4)]
+        means: dict[str, float] = {}
         for name in VARIANTS:
             files = {seed: folder_of(name, plan, seed, work_dir) / 'ap.json' for seed in seeds}
             values = {seed: json.loads(file.read_text())['ap'] for seed, file in files.items() if file.is_file()}
             if values:
                 found = list(values.values())
                 spread = f'{statistics.stdev(found):.3f}' if len(found) > 1 else ''
+                means[name] = statistics.mean(found)
+                against = [f'{means[name] - means[other]:+.3f}' if name != other and other in means else ''
+                           for other in ('baseline', 'skip')]
                 lines.append(f'| {name} | ' + ' | '.join(f'{values[s]:.3f}' if s in values else '' for s in seeds)
-                             + f' | {statistics.mean(found):.3f} | {spread} |')
+                             + f' | {means[name]:.3f} | {spread} | {" | ".join(against)} |')
         lines.append('')
     return '\n'.join(lines)
 
