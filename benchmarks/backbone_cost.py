@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from rl_mmdet.analysis import saved_bytes, trainable_parameters
+from rl_mmdet.analysis import count_flops, saved_bytes, trainable_parameters
 from rl_mmdet.models import RLResNet
 
 OUT = Path(__file__).resolve().parents[1] / 'docs/results/backbone_cost.md'
@@ -27,9 +26,8 @@ def cost(backbone: nn.Module) -> tuple[int, int, int]:
     """Trainable parameters, FLOPs of one forward and backward, bytes saved for backward."""
     image = torch.rand(SIZE, generator=torch.Generator().manual_seed(0))
     saved = saved_bytes(backbone, lambda: backbone(image))
-    with FlopCounterMode(display=False) as counter:
-        sum(output.sum() for output in backbone(image)).backward()
-    return trainable_parameters(backbone), counter.get_total_flops(), saved
+    flops = count_flops(lambda: sum(output.sum() for output in backbone(image)).backward())
+    return trainable_parameters(backbone), flops, saved
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ class CheapBlock(torch.autograd.Function):
         if job.rebuild:
             whole.add(len(inputs) - 1)
             job.last = masks[-2] = inputs[-1]
-        bands = [x if index == 0 and index in whole else h if index in whole else _band(h, pick, conv)
+        bands = [h if index in whole else _band(h, pick, conv)
                  for index, (h, pick, conv) in enumerate(zip(inputs, ctx.picks, job.convs, strict=True))]
         ctx.whole, ctx.shapes = whole, [h.shape for h in (*inputs[1:], out)]
         ctx.save_for_backward(*tensors, *bands, *masks)
@@ -212,8 +212,7 @@ def _bands_of(rows: int, bands: int) -> int:
 
 def _pick(rows: int, bands: int) -> tuple[int, int]:
     """First row and end of a random band, by torch's generator: checkpointing restores it."""
-    size = -(-rows // min(bands, rows))
-    count = -(-rows // size)
+    size, count = -(-rows // min(bands, rows)), _bands_of(rows, bands)
     index = int(torch.randint(count, ())) if count > 1 else 0
     return index * size, min(rows, (index + 1) * size)
 
@@ -225,7 +224,7 @@ def _band(h: Tensor, pick: tuple[int, int], conv: nn.Conv2d) -> Tensor:
     inside = h[..., max(0, top):min(h.shape[-2], bottom), :]
     if inside.shape == h.shape and top == 0 and bottom == h.shape[-2]:
         return h
-    return F.pad(inside, (0, 0, max(0, -top), max(0, bottom - h.shape[-2]))).clone(memory_format=torch.preserve_format)
+    return F.pad(inside, (0, 0, max(0, -top), max(0, bottom - h.shape[-2])))  # a copy, without margins, too
 
 
 def _weight_gradient(grad: Tensor, band: Tensor, weight: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -48,8 +48,8 @@ class ComputingLayer(nn.Module):
         self.learned = {name: p.requires_grad for name, p in all_parameters(block)}
         self.dropped = set(dict(block.named_buffers()))
         """Names of the removed block's buffers that the operator has no use for."""
-        self.checkpointed = bool(getattr(block, 'with_cp', False)) or gradient.memory == 'recompute'
         self.with_cp = bool(getattr(block, 'with_cp', False))
+        self.checkpointed = self.with_cp or gradient.memory == 'recompute'
         self.rebuilt: Rebuilt | None = None
         """How the last output is made again, until the block after this one takes it; see :func:`~.rebuild.follow`."""
         self.followed = False
@@ -169,7 +169,7 @@ class ComputingLayer(nn.Module):
         job, self.job = self.job, None
         if self.operator.repeatable:
             return lambda inputs: self.gradient.run(self, method, inputs, *args, **kwargs)
-        if job is not None and job.rebuild:
+        if job is not None:
             return lambda inputs: job.again(inputs, list(self._parameters.values()))
         return None
 

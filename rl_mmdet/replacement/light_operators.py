@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block_parts import branch, convolutions, keeps_its_shape, mlp, other_ways_forward, same_padding
-from .chain import all_parameters
 from .operators import Operator
 from .registry import OPERATORS
 from .resize import Shape, stretch
@@ -283,9 +282,6 @@ class PooledBlock(LightOperator):
         if isinstance(stride, bool) or not isinstance(stride, int) or stride < 2:
             raise ValueError(f'PooledBlock: stride must be an integer of at least 2, got {stride!r}')
         self.stride = stride
-
-    def needs(self, block: nn.Module) -> dict[str, Shape]:
-        return {name: tuple(parameter.shape) for name, parameter in all_parameters(block)}
 
     def template(self, block: nn.Module) -> nn.Module:
         return Pooled(block, self.stride)

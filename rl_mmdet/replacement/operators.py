@@ -22,8 +22,8 @@ class Operator:
         return None
 
     def needs(self, block: nn.Module) -> dict[str, Shape]:
-        """The tensors of ``block`` that it needs, by name, and in which shape :meth:`read` gives them."""
-        raise NotImplementedError
+        """The tensors of ``block`` that it needs, by name, and in which shape :meth:`read` gives them; here all."""
+        return {name: tuple(parameter.shape) for name, parameter in all_parameters(block)}
 
     def read(self, tensor: Tensor, shape: Shape) -> Tensor:
         """What it needs of a tensor of a kept block, before the fusion: here the leading part of that ``shape``."""
@@ -62,9 +62,6 @@ class FullBlock(Operator):
 
     Source: arXiv 2410.01239.
     """
-
-    def needs(self, block: nn.Module) -> dict[str, Shape]:
-        return {name: tuple(parameter.shape) for name, parameter in all_parameters(block)}
 
     def template(self, block: nn.Module) -> nn.Module:
         return block

@@ -1,26 +1,12 @@
 """tools/check_zoo.py as a user calls it."""
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'check_zoo.py'
-
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run the tool in this process; returns its exit status and what it wrote."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, 'argv', [str(TOOL), *args])
-        try:
-            runpy.run_path(str(TOOL), run_name='__main__')
-        except SystemExit as stop:
-            return stop.code or 0, capsys.readouterr()
-        return 0, capsys.readouterr()
-    return call
+def run(run_tool):
+    return run_tool('check_zoo')
 
 
 def test_check_zoo_writes_page_and_record_and_goes_on_from_it(run):

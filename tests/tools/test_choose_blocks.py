@@ -1,30 +1,16 @@
 """tools/choose_blocks.py as a user calls it, on a tiny detector."""
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from rl_mmdet.engine import build_model, load_config
 
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'choose_blocks.py'
 BASELINE = 'atss_r34_fpn_digits.py'
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run the tool in this process; returns its exit status and what it wrote."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, args)])
-        try:
-            runpy.run_path(str(TOOL), run_name='__main__')
-        except SystemExit as stop:
-            return stop.code or 0, capsys.readouterr()
-        return 0, capsys.readouterr()
-    return call
+def run(run_tool):
+    return run_tool('choose_blocks')
 
 
 @pytest.mark.parametrize('config', [BASELINE, 'atss_rl-r34-k2_fpn_digits.py'])

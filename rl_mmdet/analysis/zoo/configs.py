@@ -1,7 +1,7 @@
 """The configs that mmdet ships, and the model that each of them describes."""
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,31 +85,26 @@ def read_config(name: str) -> ZooConfig:
 
 def without_pretraining(node: Any) -> Any:
     """A copy of a config value in which nothing is to be loaded."""
-    if isinstance(node, Mapping):
-        return {key: None if key in PRETRAINED else without_pretraining(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return type(node)(without_pretraining(value) for value in node)
-    return node
+    return _changed(node, lambda settings: {key: None for key in settings if key in PRETRAINED})
 
 
 def without_synchronisation(node: Any) -> Any:
     """A copy of a config value in which BatchNorm works in one process."""
-    if isinstance(node, Mapping):
-        copy = {key: without_synchronisation(value) for key, value in node.items()}
-        return copy | dict(type='BN') if node.get('type') in ('SyncBN', 'MMSyncBN') else copy
-    if isinstance(node, (list, tuple)):
-        return type(node)(without_synchronisation(value) for value in node)
-    return node
+    return _changed(node, lambda settings: dict(type='BN') if settings.get('type') in ('SyncBN', 'MMSyncBN') else {})
 
 
 def with_few_regions(node: Any) -> Any:
     """A copy of a config value in which detectors look at few regions of an image, to spare time."""
+    return _changed(node, lambda settings: {key: most for key, most in FEW.items()
+                                            if isinstance(settings.get(key), int) and settings[key] > most})
+
+
+def _changed(node: Any, change: Callable[[Mapping], dict]) -> Any:
+    """A copy of a config value in which every dict of settings gets what ``change`` gives for it."""
     if isinstance(node, Mapping):
-        copy = {key: with_few_regions(value) for key, value in node.items()}
-        few = {key: most for key, most in FEW.items() if isinstance(copy.get(key), int) and copy[key] > most}
-        return copy | few
+        return {key: _changed(value, change) for key, value in node.items()} | change(node)
     if isinstance(node, (list, tuple)):
-        return type(node)(with_few_regions(value) for value in node)
+        return type(node)(_changed(value, change) for value in node)
     return node
 
 
