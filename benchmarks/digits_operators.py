@@ -1,14 +1,15 @@
 """What each operator does to AP: a detector from scratch on digit scenes, the same plan for all, several seeds.
 
 Baseline, the same blocks removed ("skip"), RL-v1 and the light operators are trained with the config's own schedule.
-Finished trainings in --work-dir are reused, unfinished ones resumed. Writes docs/results/digits_operators.md, with
-everything that is found in --work-dir.
+Finished trainings in --work-dir are reused, unfinished ones resumed. Writes docs/results/digits_operators.md, or
+--out, with everything that is found in --work-dir.
 
     python benchmarks/digits_operators.py --seeds 0 1 2
 """
 import argparse
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 
@@ -27,6 +28,7 @@ VARIANTS = {
     **{f'{operator}, scale {scale}': dict(operator=dict(type=operator, scale=scale))
        for scale in (0, 0.1, 1) for operator in ('SlimBlock', 'DepthwiseBlock')},
     'RL-v1 (FullBlock, ScalarFusion)': {},
+    'RL-v1, sample 0.125': dict(gradient=dict(sample=0.125, memory='rebuild')),
     'PooledBlock': dict(operator=dict(type='PooledBlock')),
     'FullBlock, ChannelFusion': dict(fusion=dict(type='ChannelFusion')),
     'FullBlock, TransformFusion': dict(fusion=dict(type='TransformFusion')),
@@ -67,13 +69,14 @@ def train(name: str, plan: str, seed: int, work_dir: Path) -> float:
     return json.loads(result.read_text())['ap']
 
 
-def page(seeds: list[int], work_dir: Path) -> str:
+def page(args: argparse.Namespace, work_dir: Path) -> str:
+    seeds = args.seeds
     lines = ['# What each operator does to AP on digit scenes', '',
-             f'Made by `python benchmarks/digits_operators.py --seeds {" ".join(map(str, seeds))}`, torch '
+             f'Made by `{command(args)}`, torch '
              f'{torch.__version__}, CPU. Faster R-CNN, R-34 of 16 channels, from scratch, 4 epochs of 1000 images of '
              '128×128; COCO AP on 200 validation images. A variant without a row, or with an empty cell, has not been '
              'trained. A difference of means that isn\'t larger than the standard deviations says nothing.', '']
-    for plan in PLANS:
+    for plan in args.plans:
         lines += [f'## {plan}: {COUNTS[plan]} of 16 blocks replaced', '',
                   '| variant | ' + ' | '.join(f'seed {seed}' for seed in seeds)
                   + ' | mean | standard deviation | less baseline | less skip |',
@@ -94,6 +97,15 @@ def page(seeds: list[int], work_dir: Path) -> str:
     return '\n'.join(lines)
 
 
+def command(args: argparse.Namespace) -> str:
+    words = ['python benchmarks/digits_operators.py --seeds', *map(str, args.seeds)]
+    if args.variants != list(VARIANTS):
+        words += ['--variants', shlex.join(args.variants)]
+    if args.plans != list(PLANS):
+        words += ['--plans', shlex.join(args.plans)]
+    return ' '.join(words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
@@ -101,14 +113,15 @@ def main() -> None:
                         help=f'one or more of {list(VARIANTS)} (default: all)')
     parser.add_argument('--plans', nargs='+', choices=list(PLANS), default=list(PLANS), metavar='PLAN')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/digits_operators'))
+    parser.add_argument('--out', type=Path, default=OUT, help='the page to write (default: %(default)s)')
     args = parser.parse_args()
     work_dir = args.work_dir.resolve()
     for seed in args.seeds:
         for plan in args.plans:
             for name in args.variants:
                 print(f'{name}, {plan}, seed {seed}: AP {train(name, plan, seed, work_dir):.3f}', flush=True)
-                OUT.write_text(page(args.seeds, work_dir))
-    print(OUT)
+                args.out.write_text(page(args, work_dir))
+    print(args.out)
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from .best_fit import BestFit
 from .budget import Budget
 from .chain import Chain, find_chains
 from .computing_layer import ComputingLayer
+from .fold_norm import fold_norm_, unfold_norm_
 from .fusions import ChannelFusion, Fit, OwnWeights, ScalarFusion, TransformFusion
 from .gradients import Gradient
 from .light_operators import DepthwiseBlock, PooledBlock, Skip, SlimBlock
@@ -29,5 +30,5 @@ __all__ = [
     'FUSIONS', 'OPERATORS', 'PLANS', 'BestFit', 'Blocks', 'Budget', 'Chain', 'ChannelFusion', 'ComputingLayer',
     'DepthwiseBlock', 'EveryKth', 'Fit', 'Fraction', 'FullBlock', 'Gradient', 'LoadReport', 'OwnWeights', 'PooledBlock',
     'ReplacementReport', 'ScalarFusion', 'Skip', 'SlimBlock', 'TransformFusion', 'adapt_state_dict', 'computing_layers',
-    'find_chains', 'materialize', 'recalibrate_norms_', 'replace_blocks_', 'stale_norms',
+    'find_chains', 'fold_norm_', 'materialize', 'recalibrate_norms_', 'replace_blocks_', 'stale_norms', 'unfold_norm_',
 ]

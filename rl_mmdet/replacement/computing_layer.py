@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .chain import Chain, Choice, all_parameters
-from .cheap_block import Job, recipe_of
 from .fusions import Pair
 from .operators import FullBlock
 from .rebuild import Rebuilt
+from .recipe import recipe_of
 from .resize import resize
 
 
@@ -54,9 +54,12 @@ class ComputingLayer(nn.Module):
         """How the last output is made again, until the block after this one takes it; see :func:`~.rebuild.follow`."""
         self.followed = False
         self.recipe = recipe_of(block) if gradient.sample is not None and isinstance(operator, FullBlock) else None
-        """How the block is computed, where its gradient can be sampled."""
+        """How the block is computed, where its gradient is sampled and it can be run as a whole."""
         self.recipe_agrees: bool | None = None
-        self.job: Job | None = None
+        self.has_rows = any(isinstance(module, nn.Conv2d) for module in block.modules())
+        self.warned = False
+        self.again: Callable[[Tensor], Tensor] | None = None
+        """What makes the last output again, left by a gradient that can."""
         self.norm_stale = True
         """The weights are new and BatchNorm's running statistics still the removed block's."""
         like = next(block.parameters())
@@ -70,6 +73,7 @@ class ComputingLayer(nn.Module):
         template = operator.template(block)
         template.training = block.training
         self.dropped -= set(dict(template.named_buffers()))
+        self.template_has_weights = any(True for _ in template.parameters())
         _drop_parameters(block)
         _drop_parameters(template)
         # In a tuple these modules are no children of this one. The template's children and buffers *are*
@@ -134,9 +138,10 @@ class ComputingLayer(nn.Module):
             pairs = {name: tuple(t if t is None else t.detach() for t in pair) for name, pair in pairs.items()}
         return self.fusion.fuse(parameters or self._parameters, pairs) if pairs else {}
 
-    def weights(self, detach: bool = False) -> dict[str, Tensor]:
+    def weights(self, detach: bool = False, parameters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """All weights of what the operator runs, from the synthesised tensors. Arguments as there."""
-        return self.operator.weights(self.template, self.synthesise(detach), self._parameters)
+        return self.operator.weights(self.template, self.synthesise(detach, parameters),
+                                     parameters or self._parameters)
 
     def start_of_operator(self) -> dict[str, Tensor]:
         """The values from which the operator's own parameters start."""
@@ -155,23 +160,30 @@ class ComputingLayer(nn.Module):
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.gradient.run(self, method, *args, **kwargs)
-        if self.checkpointed:
+        if self.checkpointed and not self.gradient.recomputes(self, method):
             out = checkpoint(self.gradient.run, self, method, *args, use_reentrant=False, **kwargs)
         else:
             out = self.gradient.run(self, method, *args, **kwargs)
-        if self.followed and not torch.compiler.is_compiling():
+        if self.followed and args and not torch.compiler.is_compiling():
             again = self._again(method, args[1:], kwargs)
-            self.rebuilt = again and Rebuilt(out, again, args[0], [*self.used_tensors(), *self._parameters.values()])
+            statistics = self.recipe.fixed_statistics(self.template) if self.recipe else []
+            self.rebuilt = again and Rebuilt(out, again, args[0], [*self.used_tensors(), *self._parameters.values(),
+                                                                   *statistics])
         return out
 
     def _again(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
         """What makes the output just made again, given the input; None if nothing can."""
-        job, self.job = self.job, None
+        again, self.again = self.again, None
         if self.operator.repeatable:
             return lambda inputs: self.gradient.run(self, method, inputs, *args, **kwargs)
-        if job is not None:
-            return lambda inputs: job.again(inputs, list(self._parameters.values()))
-        return None
+        return again
+
+    @property
+    def way(self) -> str | None:
+        """How its gradient is sampled: ``'block'``, as a whole, ``'layers'``, layer by layer; None if it isn't."""
+        if self.gradient.sample is None or not self.template_has_weights:
+            return None
+        return 'layers' if self.recipe is None else 'block'
 
     def used_tensors(self) -> list[Tensor]:
         """The kept blocks' tensors that the layer's are made of."""
@@ -180,7 +192,8 @@ class ComputingLayer(nn.Module):
     @property
     def rebuilds(self) -> bool:
         """Whether the output is to be made again in backward instead of being kept, if a block follows in the chain."""
-        return self.gradient.memory is not None and (self.operator.repeatable or self.recipe is not None)
+        able = self.operator.repeatable or self.recipe is not None
+        return able and self.gradient.memory in ('rebuild', 'recompute')
 
     def train(self, mode: bool = True) -> 'ComputingLayer':
         self.template.training = mode

@@ -6,6 +6,9 @@ from torch import nn
 from .chain import Chain
 from .plans import as_blocks
 
+WAYS = {None: '', 'block': ', sampled', 'layers': ', sampled layer by layer'}
+"""What a replaced block's way to its gradient is called."""
+
 
 @dataclass(frozen=True)
 class BlockRow:
@@ -21,7 +24,7 @@ class BlockRow:
         others: names of kept blocks further away that give it the tensors which have another size in those two.
         reason: why it can't be replaced, None if it can.
         learnable: number of parameters of the computing layer that stands there.
-        unsampled: sampling was asked for, but such a block takes plain autograd.
+        way: how its gradient is sampled: ``'block'``, as a whole, or ``'layers'``, layer by layer; None if it isn't.
     """
     chain: str
     index: int
@@ -34,7 +37,7 @@ class BlockRow:
     others: tuple[str, ...] = ()
     reason: str | None = None
     learnable: int = 0
-    unsampled: bool = False
+    way: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,7 @@ def _describe(row: BlockRow) -> str:
     if row.replaced:
         others = f'; tensors of another size there from {" and ".join(row.others)}' if row.others else ''
         neighbours = ' and '.join(name for name in (row.before, row.after) if name is not None)
-        return f'replaced, from {neighbours}{others}; learns {row.learnable:,}' + (
-            ', by plain autograd: such a block can\'t be sampled' if row.unsampled else '')
+        return f'replaced, from {neighbours}{others}; learns {row.learnable:,}{WAYS[row.way]}'
     return 'kept' if row.reason is None else f'kept, can\'t be replaced: {row.reason}'
 
 

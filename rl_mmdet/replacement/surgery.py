@@ -8,12 +8,14 @@ from torch import nn
 
 from .chain import Chain, find_chains
 from .computing_layer import ComputingLayer
+from .fold_norm import unfold_norm_
 from .fusions import OwnWeights
 from .gradients import build_gradient
 from .operators import FullBlock
 from .plans import Choice, describe_replaceable
 from .pretrained import add_pretrained_hook, remove_pretrained_hook
 from .rebuild import follow, stop_following
+from .recipe import recipe_of
 from .registry import FUSIONS, OPERATORS, PLANS, build_part
 from .report import ReplacementReport, describe_blocks
 
@@ -55,18 +57,19 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
         said = str(error)  # a plan that tries a replacement may have met an error of another setting
         raise ValueError(said if said.startswith('replacement.') else f'replacement.plan: {said}') from None
     _check_fusion(chains, choice, parts['fusion'])
+    _check_memory(chains, choice, parts)
     rows = describe_blocks(chains, choice)
     for name, indices in choice.items():
         _replace_in_chain_(chains[name], indices, choice, parts)
     layers = computing_layers(model)
     learnable = {name: sum(p.numel() for p in layer.parameters(recurse=False)) for name, layer in layers.items()}
-    plain = {name for name, layer in layers.items() if layer.gradient.sample is not None and layer.recipe is None}
+    ways = {name: layer.way for name, layer in layers.items()}
     if isinstance(parts['fusion'], OwnWeights):
         learnable = {name: sum(p.numel() for p in block.parameters()) for name, block in _make_plain_(model).items()}
     else:
         add_pretrained_hook(model)
     settings = {key: repr(part) for key, part in dict(plan=plan, **parts).items()}
-    return ReplacementReport(tuple(replace(row, learnable=learnable.get(row.name, 0), unsampled=row.name in plain)
+    return ReplacementReport(tuple(replace(row, learnable=learnable.get(row.name, 0), way=ways.get(row.name))
                                    for row in rows), settings)
 
 
@@ -81,7 +84,8 @@ def materialize(model: nn.Module) -> nn.Module:
     Returns:
         A new module whose outputs equal the replaced model's. With ``FullBlock`` it has the baseline's
         architecture, state-dict keys and shapes; with a light operator ordinary layers stand where the blocks were.
-        ``model`` is left as it is; a model without computing layers is copied.
+        Nothing in it folds norms (:func:`~.fold_norm.fold_norm_`). ``model`` is left as it is; a model without
+        computing layers is copied.
 
     Raises:
         ValueError: a synthesised weight isn't finite; the message names the block.
@@ -90,6 +94,7 @@ def materialize(model: nn.Module) -> nn.Module:
         raise ValueError('materialize() takes the whole model: a computing layer alone has no place to stand in')
     plain = copy.deepcopy(model)
     _make_plain_(plain)
+    unfold_norm_(plain)
     return plain
 
 
@@ -127,10 +132,7 @@ def _build_parts(replacement: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     if gradient.memory == 'rebuild' and not operator.repeatable and gradient.sample is None:
         able = [name for name, cls in OPERATORS.module_dict.items() if cls.repeatable]
         raise ValueError(f"replacement.gradient: memory='rebuild' isn't possible with {operator} and plain autograd; "
-                         f"use memory='recompute', sample=0.125 (FullBlock), or one of the operators {', '.join(able)}")
-    if gradient.sample is not None and not isinstance(operator, FullBlock):
-        raise ValueError(f'replacement.gradient: sample={gradient.sample} is for FullBlock; {operator} takes plain '
-                         'autograd, leave sample out')
+                         f"use memory='recompute', add sample=0.125, or take one of the operators {', '.join(able)}")
     return plan, dict(fusion=fusion, operator=operator, gradient=gradient)
 
 
@@ -155,6 +157,19 @@ def _check_fusion(chains: Mapping[str, Chain], choice: Choice, fusion: Any) -> N
                 fusion.check(shapes)
             except ValueError as error:
                 raise ValueError(f'replacement.fusion: {chains[name].block_name(index)}: {error}') from None
+
+
+def _check_memory(chains: Mapping[str, Chain], choice: Choice, parts: dict[str, Any]) -> None:
+    if parts['gradient'].memory != 'rebuild' or parts['operator'].repeatable:
+        return
+    for name, indices in choice.items():
+        for index in indices:
+            block = chains[name].blocks[index]
+            if not isinstance(parts['operator'], FullBlock) or recipe_of(block) is None:
+                raise ValueError(f"replacement.gradient: memory='rebuild' isn't possible for "
+                                 f"{chains[name].block_name(index)} ({type(block).__name__}) with {parts['operator']}: "
+                                 "it isn't just convolutions in a row, each with a norm and a ReLU; use "
+                                 "memory='masks', 'recompute', or None (the best for each block)")
 
 
 def _replace_in_chain_(chain: Chain, indices: list[int], choice: Choice, parts: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ import weakref
 
 import pytest
 import torch
+from mmdet.models.backbones.resnet import Bottleneck as ResNetBottleneck
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from rl_mmdet.analysis import saved_bytes
@@ -204,6 +206,38 @@ def test_rebuild_with_the_full_block_is_refused(build):
         build('FullBlock')
 
 
+def attention() -> nn.Module:
+    return nn.Sequential(nn.Sequential(*(Block(8, 2) for _ in range(3))))
+
+
+def with_plugin() -> nn.Module:
+    plugins = [dict(cfg=dict(type='ContextBlock', ratio=1 / 4), position='after_conv3')]
+    return nn.Sequential(nn.Sequential(*(ResNetBottleneck(16, 4, plugins=plugins) for _ in range(3))))
+
+
+@pytest.mark.parametrize(('make', 'operator', 'name'), [
+    (attention, 'FullBlock', r'0.1 \(Block\) with FullBlock\(\)'),
+    (with_plugin, 'FullBlock', r'0.1 \(Bottleneck\) with FullBlock\(\)'),
+    (with_plugin, 'PooledBlock', r'0.1 \(Bottleneck\) with PooledBlock\(.*\)')])
+def test_rebuild_of_a_sampled_block_without_a_recipe_is_refused(make, operator, name, snapshot, assert_same_state):
+    model = make()
+    classes, tensors, *rest = snapshot(model)
+    with pytest.raises(ValueError, match=rf"memory='rebuild' isn't possible for {name}: .*; use memory='masks', "
+                                         r"'recompute', or None"):
+        replace_blocks_(model, dict(plan=dict(type='EveryKth', k=2), operator=dict(type=operator),
+                                    gradient=dict(sample=0.5, memory='rebuild')))
+    assert not computing_layers(model)
+    classes_now, tensors_now, *rest_now = snapshot(model)
+    assert (classes_now, rest_now) == (classes, rest)
+    assert_same_state(tensors_now, tensors)
+
+
 def test_unknown_level_is_refused(build):
-    with pytest.raises(ValueError, match="unknown memory 'masks'; allowed: None, rebuild, recompute"):
-        build(memory='masks')
+    with pytest.raises(ValueError, match="unknown memory 'less'; allowed: None, masks, rebuild, recompute"):
+        build(memory='less')
+
+
+@pytest.mark.parametrize('operator', ['FullBlock', 'SlimBlock'])
+def test_masks_without_sampling_are_refused(build, operator):
+    with pytest.raises(ValueError, match="memory='masks' needs sample, for instance sample=0.125; sample=1 is exact"):
+        build(operator, memory='masks')

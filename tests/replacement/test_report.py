@@ -78,6 +78,18 @@ def test_str_has_one_line_per_block(report):
     assert len(lines) == 9
 
 
+@pytest.mark.parametrize(('operator', 'gradient', 'said'), [
+    (None, dict(sample=0.5), ', sampled layer by layer'), (None, dict(), ''), (dict(type='Skip'), dict(sample=0.5), ''),
+    (dict(type='DepthwiseBlock'), dict(sample=0.5), ', sampled layer by layer')])
+def test_str_says_how_the_gradient_is_sampled(toy_net, operator, gradient, said):
+    plan = dict(type='Blocks', blocks={'layer2': [1]})
+    report = replace_blocks_(toy_net(), dict(plan=plan, operator=operator, gradient=gradient))
+    row = report.rows[4]
+    assert str(report).splitlines()[5] == (
+        f'  layer2.1 (Unit): replaced, from layer2.0 and layer2.2; learns {row.learnable}{said}')
+    assert [each.way for each in report.rows if each is not row] == [None] * 8
+
+
 def test_str_of_another_plan_ends_with_the_choice_as_blocks(toy_net):
     report = replace_blocks_(toy_net(), dict(plan=dict(type='EveryKth', k=2)))
     line = str(report).splitlines()[-1]

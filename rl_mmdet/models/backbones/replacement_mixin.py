@@ -1,4 +1,4 @@
-"""What every RL backbone has in common: the argument ``replacement``."""
+"""What every RL backbone has in common: the arguments ``replacement`` and ``fold_norm``."""
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,24 +6,31 @@ from typing import Any
 
 from torch import nn
 
-from ...replacement import ReplacementReport, replace_blocks_
+from ...replacement import ReplacementReport, fold_norm_, replace_blocks_
 
 
 class ReplacementMixin:
-    """Adds the argument ``replacement`` to a backbone; everything else stays its parent's business.
+    """Adds ``replacement`` and ``fold_norm`` to a backbone's arguments; everything else stays its parent's business.
 
     Args:
         replacement: settings of :func:`~rl_mmdet.replacement.replace_blocks_`. None leaves the parent as it is.
+        fold_norm: keep less for backward where a BatchNorm in eval mode follows a convolution, in replaced and other
+            blocks alike, with the same gradients; see :mod:`~rl_mmdet.replacement.fold_norm`.
         *args, **kwargs: the parent's arguments.
+
+    Raises:
+        ValueError: ``fold_norm`` with ``norm_eval=False``, or where there is nothing to fold.
 
     Attributes:
         replacement_report: what was replaced and why other blocks were not; None without replacement.
     """
 
-    def __init__(self, *args: Any, replacement: dict | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, replacement: dict | None = None, fold_norm: bool = False, **kwargs: Any) -> None:
         with assertions_named(type(self).__name__):
             super().__init__(*args, **kwargs)
         self.replacement_report = None if replacement is None else replace_in_backbone_(self, replacement)
+        if fold_norm:
+            fold_norm_in_backbone_(self)
 
 
 def replace_in_backbone_(backbone: nn.Module, replacement: Mapping[str, Any]) -> ReplacementReport:
@@ -36,6 +43,18 @@ def replace_in_backbone_(backbone: nn.Module, replacement: Mapping[str, Any]) ->
     for module, mode in modes:
         module.training = mode
     return replace_blocks_(backbone, replacement)
+
+
+def fold_norm_in_backbone_(backbone: nn.Module) -> None:
+    """:func:`~rl_mmdet.replacement.fold_norm_`, unless the backbone's BatchNorm is to train.
+
+    Raises:
+        ValueError: it has ``norm_eval=False``, or nothing to fold.
+    """
+    if not getattr(backbone, 'norm_eval', True):
+        raise ValueError(f'{type(backbone).__name__}: fold_norm=True with norm_eval=False, but BatchNorm that trains '
+                         'can\'t be folded; set norm_eval=True or leave fold_norm out')
+    fold_norm_(backbone)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from typing import Any
 
 from mmengine.model import BaseModule
 from mmengine.runner import CheckpointLoader
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -97,11 +97,8 @@ class TimmBackbone(BaseModule):
         self.is_init = True
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        _check_size(self.timm, images, max(self.out_strides))
         height, width = images.shape[-2:]
-        if min(height, width) < max(self.out_strides):
-            raise ValueError(f'{self.timm}: images of {height}x{width} pixels are smaller than the stride '
-                             f'{max(self.out_strides)} of its last feature map; enlarge them or drop that map from '
-                             'out_indices')
         images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         try:
             maps = self.body.forward_intermediates(images, indices=list(self.out_indices), norm=self.final_norm,
@@ -159,6 +156,14 @@ def _fit(needed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
 
 class RLTimmBackbone(ReplacementMixin, TimmBackbone):
     """:class:`TimmBackbone` with Replacement Learning; configs name it ``dict(type='RLBackbone', timm=...)``."""
+
+
+@fx.wrap  # a trace doesn't enter it: it asks for numbers
+def _check_size(name: str, images: Tensor, stride: int) -> None:
+    height, width = images.shape[-2:]
+    if min(height, width) < stride:
+        raise ValueError(f'{name}: images of {height}x{width} pixels are smaller than the stride {stride} of its last '
+                         'feature map; enlarge them or drop that map from out_indices')
 
 
 def _is_plain(feature_info: Sequence[Mapping[str, Any]]) -> bool:
