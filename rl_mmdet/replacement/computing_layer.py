@@ -1,5 +1,5 @@
 """The computing layer: the module that stands where a block was."""
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -112,10 +112,10 @@ class ComputingLayer(nn.Module):
         """The kept blocks whose tensors are used; ``sources`` counts in them. The neighbours come first."""
         return self._blocks[1:]
 
-    def pairs(self) -> dict[str, Pair]:
-        """The two tensors of kept blocks, before and after, for every tensor to make, in its shape."""
+    def pairs(self, names: Collection[str] | None = None) -> dict[str, Pair]:
+        """The two tensors of kept blocks, before and after, for every tensor to make or just those, in its shape."""
         return {name: tuple(None if tensor is None else self.read(name, tensor) for tensor in pair)
-                for name, pair in self._sources().items()}
+                for name, pair in self._sources().items() if names is None or name in names}
 
     def _sources(self) -> dict[str, Pair]:
         """As :meth:`pairs`, each in its own shape."""
@@ -126,17 +126,19 @@ class ComputingLayer(nn.Module):
         """What the operator needs of a tensor of this name, which is in the removed block's size or in another one."""
         return self.operator.read(resize(name, tensor, self.shapes[name]), self.made[name])
 
-    def synthesise(self, detach: bool = False, parameters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def synthesise(self, detach: bool = False, parameters: dict[str, Tensor] | None = None,
+                   names: Collection[str] | None = None) -> dict[str, Tensor]:
         """The tensors of the removed block that the operator needs, made by the fusion.
 
         Args:
             detach: cut the neighbours off, so that only the fusion's parameters get gradient.
             parameters: values for the fusion's parameters, in place of the layer's own.
+            names: of those to make, all by default.
         """
-        pairs = self.pairs()
+        pairs = self.pairs(names)
         if detach:
             pairs = {name: tuple(t if t is None else t.detach() for t in pair) for name, pair in pairs.items()}
-        return self.fusion.fuse(parameters or self._parameters, pairs) if pairs else {}
+        return self.fusion.fuse(parameters or self._parameters, pairs, self.made) if pairs else {}
 
     def weights(self, detach: bool = False, parameters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """All weights of what the operator runs, from the synthesised tensors. Arguments as there."""

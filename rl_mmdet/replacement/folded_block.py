@@ -12,6 +12,14 @@ eval mode is folded into the weights before it, :math:`W' = Wγ/σ, b' = β + γ
 
 With ``recompute`` it is the input alone, from which all is computed once more when the output is needed.
 
+The control variate of :mod:`~rl_mmdet.replacement.sampling` goes from layer to layer: with
+:math:`y_l = W_l * h_l + b_l` and :math:`h_{l+1} = σ(y_l)`
+
+.. math:: ⟨∂L/∂W_l, W_l⟩ = ⟨∂L/∂y_l, y_l⟩ - ⟨∂L/∂b_l, b_l⟩, \qquad
+    ⟨∂L/∂y_l, y_l⟩ = ⟨∂L/∂h_{l+1}, h_{l+1}⟩ = ⟨∂L/∂W_{l+1}, W_{l+1}⟩
+
+since a ReLU changes y only where its gradient is 0; the last y is the output less the input.
+
 Source: ours; see docs/method.md, "Facts".
 """
 from typing import Any
@@ -21,17 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .recipe import Folded, Job, contract
-from .sampling import (
-    ConvSettings,
-    estimate,
-    inner,
-    input_gradient,
-    positive,
-    to_bits,
-    wide,
-    with_exact_part,
-)
+from .recipe import Job, add_contracted_
+from .sampling import estimate, inner, input_gradient, positive, to_bits, wide, with_exact_part
 
 
 class FoldedBlock(torch.autograd.Function):
@@ -42,10 +41,8 @@ class FoldedBlock(torch.autograd.Function):
         device = x.device.type
         ctx.job, ctx.count, ctx.x_dtype = job, count, x.dtype
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        folded = _fold(job, [tensor.detach() for tensor in tensors[:count]], ctx.dtype)
-        *inputs, out = _forward(x, folded, job.convs)
-        kernels = [weight.shape[2] for weight, _ in folded]
-        ctx.parts, ctx.shapes = job.pick(out.shape[-2], kernels), [h.shape for h in (*inputs, out)]
+        *inputs, out = _run(job, [tensor.detach() for tensor in tensors[:count]], x, ctx.dtype)
+        ctx.parts, ctx.shapes = job.pick(out.shape[-2]), [h.shape for h in (*inputs, out)]
         if job.memory == 'recompute':
             ctx.whole = set(range(len(inputs)))
             ctx.save_for_backward(*tensors, x)
@@ -58,7 +55,7 @@ class FoldedBlock(torch.autograd.Function):
             job.inner = inputs[-1:]
             masks[-2] = inputs[-1]
         kept = [h if index in ctx.whole else part.of_input(h, kernel, conv) for index, (h, part, kernel, conv) in
-                enumerate(zip(inputs, ctx.parts, kernels, job.convs, strict=True))]
+                enumerate(zip(inputs, ctx.parts, job.kernels, job.convs, strict=True))]
         ctx.save_for_backward(*tensors, *kept, *masks)
         return out
 
@@ -66,34 +63,36 @@ class FoldedBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         job, layers, saved = ctx.job, len(ctx.parts), ctx.saved_tensors
-        with torch.enable_grad():
-            parameters = [tensor.detach().requires_grad_() for tensor in saved[:ctx.count]]
-            folded = job.fold(parameters)
-        used = [(weight.detach().to(ctx.dtype), bias.detach().to(ctx.dtype)) for weight, bias in folded]
+        parameters = [tensor.detach().requires_grad_() for tensor in saved[:ctx.count]]
         if job.memory == 'recompute':
-            *kept, out = job.take_inner() or _forward(saved[-1], used, job.convs)
+            *kept, out = job.take_inner() or _run(job, saved[:ctx.count], saved[-1], ctx.dtype)
             masks = [*kept[1:], out]
         else:
             kept, masks = saved[-2 * layers:-layers], saved[-layers:]
         grad = grad.to(ctx.dtype) * positive(masks[-1], ctx.shapes[-1])
-        shortcut, estimates, bias_gradients, exact = grad, [], [], None
+        shortcut, exact, gradients = grad, None, [None] * ctx.count
+        if layers - 1 not in ctx.whole and 0 in ctx.whole:  # <dL/dy, y> with y = W * h + b
+            exact = inner(grad, masks[-1] - kept[0], (0, 2, 3))
         for index in reversed(range(layers)):
-            conv, part, (weight, bias), h = job.convs[index], ctx.parts[index], used[index], kept[index]
-            seen = part.of_input(h, weight.shape[2], conv) if index in ctx.whole else h
-            estimates.insert(0, estimate(grad, seen, weight, conv, part))
-            bias_gradients.insert(0, grad.sum((0, 2, 3)))
-            if index == layers - 1 and index not in ctx.whole and 0 in ctx.whole:
-                exact = inner(grad, masks[-1] - kept[0], (0, 2, 3)) - wide(bias_gradients[0]) * bias
+            with torch.enable_grad():
+                folded = job.fold(index, parameters)
+            weight, bias = (tensor.detach().to(ctx.dtype) for tensor in folded)
+            conv, part, h = job.convs[index], ctx.parts[index], kept[index]
+            seen = part.of_input(h, job.kernels[index], conv) if index in ctx.whole else h
+            estimated, bias_gradient = estimate(grad, seen, weight, conv, part), grad.sum((0, 2, 3))
             if index or ctx.needs_input_grad[2]:
                 grad = input_gradient(grad, weight, ctx.shapes[index], conv)
-            if index == layers - 1 and index in ctx.whole:
+            if index == layers - 1 and index in ctx.whole and (index or ctx.needs_input_grad[2]):
                 exact = inner(grad, h, (0, 1, 2, 3))
+            elif exact is not None:
+                product = wide(bias_gradient) * bias
+                exact = exact - (product if exact.ndim else product.sum())
+            if exact is not None:
+                estimated = with_exact_part(estimated, weight, exact) if job.parts > 1 else estimated
+                exact = exact.sum()  # <dL/dW, W>, which is <dL/dh, h> and so <dL/dy, y> of the layer before
+            add_contracted_(gradients, folded, [estimated, bias_gradient], parameters)
             if index:
                 grad = grad * positive(masks[index - 1], ctx.shapes[index])
-        if exact is not None and job.parts > 1:
-            _steer_(estimates, used, bias_gradients, exact)
-        gradients = contract(dict(enumerate(tensor for pair in folded for tensor in pair)), dict(enumerate(
-            g for pair in zip(estimates, bias_gradients, strict=True) for g in pair)), parameters)
         input_grad = (grad + shortcut).to(ctx.x_dtype) if ctx.needs_input_grad[2] else None
         return None, None, input_grad, *gradients, *[None] * (len(ctx.needs_input_grad) - 3 - ctx.count)
 
@@ -102,38 +101,20 @@ class FoldedBlock(torch.autograd.Function):
         """The output from the input, and from the last convolution's where that was kept."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        folded = _fold(job, parameters, dtype)
         if job.memory == 'recompute':
-            job.inner = _forward(x, folded, job.convs)
+            job.inner = _run(job, parameters, x, dtype)
             return job.inner[-1]
-        return _forward(x, folded[-1:], job.convs[-1:], job.inner[-1])[-1]
+        return _run(job, parameters, x, dtype, job.inner[-1])[-1]
 
 
-def _fold(job: Job, parameters: list[Tensor], dtype: torch.dtype) -> Folded:
-    return [(weight.to(dtype), bias.to(dtype)) for weight, bias in job.fold(parameters)]
-
-
-def _forward(x: Tensor, folded: Folded, convs: list[ConvSettings], start: Tensor | None = None) -> list[Tensor]:
-    """Inputs of all convolutions, the first of which is x or ``start``, and the output; in the weights' dtype."""
-    x = x.to(folded[0][0].dtype)
-    inputs = [x if start is None else start]
+def _run(job: Job, parameters: list[Tensor], x: Tensor, dtype: torch.dtype, last: Tensor | None = None
+         ) -> list[Tensor]:
+    """Inputs of all convolutions, or of the last one, where that is given, and the output."""
+    x = x.to(dtype)
+    inputs, end = [x if last is None else last], len(job.convs) - 1
     with torch.autocast(x.device.type, enabled=False):
-        for index, ((weight, bias), conv) in enumerate(zip(folded, convs, strict=True)):
-            out = conv.run(inputs[-1], weight, bias)
-            inputs.append(F.relu_(out if index < len(folded) - 1 else out.add_(x)))
+        for index in range(0 if last is None else end, end + 1):
+            weight, bias = job.fold(index, parameters)
+            out = job.convs[index].run(inputs[-1], weight.to(dtype), bias.to(dtype))
+            inputs.append(F.relu_(out.add_(x) if index == end else out))
     return inputs
-
-
-def _steer_(estimates: list[Tensor], used: Folded, bias_gradients: list[Tensor], exact: Tensor) -> None:
-    r"""Give every estimate its exact part, from the last convolution's.
-
-    .. math:: ⟨∂L/∂W_l, W_l⟩ = ⟨∂L/∂y_l, y_l⟩ - ⟨∂L/∂b_l, b_l⟩, \qquad
-        ⟨∂L/∂y_l, y_l⟩ = ⟨∂L/∂h_{l+1}, h_{l+1}⟩ = ⟨∂L/∂W_{l+1}, W_{l+1}⟩
-
-    with :math:`y_l = W_l * h_l + b_l` and :math:`h_{l+1} = σ(y_l)`: a ReLU changes y only where its gradient is 0.
-    """
-    for index in reversed(range(len(estimates))):
-        weight, bias = used[index]
-        if index < len(estimates) - 1:
-            exact = exact.sum() - inner(bias_gradients[index], bias, (0,))
-        estimates[index] = with_exact_part(estimates[index], weight, exact)

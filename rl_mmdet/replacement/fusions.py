@@ -71,10 +71,18 @@ class Fusion:
         """The learnable parameters of one replaced block, whose tensors to make have ``shapes``."""
         return {name: nn.Parameter(value.to(device, dtype)) for name, value in self._start(shapes).items()}
 
-    def fuse(self, parameters: dict[str, Tensor], pairs: dict[str, Pair]) -> dict[str, Tensor]:
-        """Synthesise the block's tensors, each of the shape its sources have."""
-        shapes = {name: _shape(pair) for name, pair in pairs.items()}
-        return {name: _mix(a, b, pairs[name]) for name, (a, b) in self._pairs_of(parameters['coeff'], shapes)}
+    def fuse(self, parameters: dict[str, Tensor], pairs: dict[str, Pair],
+             shapes: dict[str, Shape] | None = None) -> dict[str, Tensor]:
+        """Synthesise tensors of the block, each of the shape its sources have.
+
+        Args:
+            parameters: the fusion's.
+            pairs: the neighbours' tensors for those to synthesise.
+            shapes: of all of the block's tensors to make, in their order; None if these are in ``pairs``.
+        """
+        shapes = shapes or {name: _shape(pair) for name, pair in pairs.items()}
+        return {name: _mix(a, b, pairs[name]) for name, (a, b) in self._pairs_of(parameters['coeff'], shapes)
+                if name in pairs}
 
     @torch.no_grad()
     def fit(self, targets: dict[str, Tensor], pairs: dict[str, Pair], shapes: dict[str, Shape] | None = None) -> Fit:
@@ -254,13 +262,16 @@ class TransformFusion(Fusion):
             raise ValueError(f'TransformFusion: rank={self.rank}, but {name} {shapes[name]} allows at most {limit}')
         return self.rank
 
-    def fuse(self, parameters: dict[str, Tensor], pairs: dict[str, Pair]) -> dict[str, Tensor]:
-        made, start = super().fuse(parameters, pairs), 0
-        for name, mixed in made.items() if 'up' in parameters else ():
-            if kind_of(name, tuple(mixed.shape)) == 'weight':
-                up, down = (parameters[key][start:start + len(mixed)] for key in ('up', 'down'))
-                start += len(mixed)
-                made[name] = mixed + (up @ (down.T @ mixed.flatten(1))).view_as(mixed)
+    def fuse(self, parameters: dict[str, Tensor], pairs: dict[str, Pair],
+             shapes: dict[str, Shape] | None = None) -> dict[str, Tensor]:
+        shapes = shapes or {name: _shape(pair) for name, pair in pairs.items()}
+        made, start = super().fuse(parameters, pairs, shapes), 0
+        for name, shape in shapes.items() if 'up' in parameters else ():
+            if kind_of(name, shape) == 'weight':
+                up, down = (parameters[key][start:start + shape[0]] for key in ('up', 'down'))
+                start += shape[0]
+                if name in made:
+                    made[name] = made[name] + (up @ (down.T @ made[name].flatten(1))).view(shape)
         return made
 
     def _start(self, shapes: dict[str, Shape]) -> dict[str, Tensor]:

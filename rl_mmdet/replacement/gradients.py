@@ -1,6 +1,6 @@
 """Gradients: how a computing layer learns. The one place that decides what autograd sees of a replaced block."""
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,8 +114,8 @@ class Gradient:
                    x: torch.Tensor) -> torch.Tensor:
         names, parameters = zip(*layer._parameters.items(), strict=True)
 
-        def weights(values: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-            return layer.synthesise(True, dict(zip(names, values, strict=True)))
+        def weights(values: Sequence[torch.Tensor], wanted: Collection[str]) -> dict[str, torch.Tensor]:
+            return layer.synthesise(True, dict(zip(names, values, strict=True)), wanted)
 
         memory = self.memory if layer.followed or self.memory == 'recompute' else 'masks'
         job = Job(weights, layer.recipe, layer.template, self.parts, memory or 'masks')

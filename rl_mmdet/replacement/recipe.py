@@ -13,7 +13,6 @@ from .block_parts import branch, keeps_its_shape
 from .sampling import ConvSettings, Part, pick_part
 
 PLAIN = (nn.Conv2d, _BatchNorm, nn.GroupNorm, nn.ReLU, nn.Identity)
-Folded = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -39,27 +38,30 @@ class Recipe:
         """The running statistics that the block is computed with now."""
         return [buffer for norm in self.norms_of(block) if not norm.training for buffer in norm.buffers()]
 
-    def fold(self, block: nn.Module, tensors: dict[str, Tensor]) -> Folded:
-        """The weights and biases of its convolutions with the norms in them.
+    def fold(self, block: nn.Module, index: int, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The weight and bias of a convolution with its norm in them.
 
         Args:
             block: its norms have the running statistics.
-            tensors: the block's parameters by name.
+            index: which convolution.
+            tensors: parameters of the block by name, these two modules' among them.
         """
-        folded = []
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            module = block.get_submodule(norm)
-            scale = (module.running_var + module.eps).rsqrt()
-            if f'{norm}.weight' in tensors:
-                scale = scale * tensors[f'{norm}.weight']
-            shift = -module.running_mean
-            if f'{conv}.bias' in tensors:
-                shift = shift + tensors[f'{conv}.bias']
-            bias = shift * scale
-            if f'{norm}.bias' in tensors:
-                bias = bias + tensors[f'{norm}.bias']
-            folded.append((tensors[f'{conv}.weight'] * scale.view(-1, 1, 1, 1), bias))
-        return folded
+        conv, norm = self.convs[index], self.norms[index]
+        module = block.get_submodule(norm)
+        scale = (module.running_var + module.eps).rsqrt()
+        if f'{norm}.weight' in tensors:
+            scale = scale * tensors[f'{norm}.weight']
+        shift = -module.running_mean
+        if f'{conv}.bias' in tensors:
+            shift = shift + tensors[f'{conv}.bias']
+        bias = shift * scale
+        if f'{norm}.bias' in tensors:
+            bias = bias + tensors[f'{norm}.bias']
+        return tensors[f'{conv}.weight'] * scale.view(-1, 1, 1, 1), bias
+
+    def parameters(self, index: int) -> list[str]:
+        """The names that a convolution's and its norm's parameters have, if they have them."""
+        return [f'{module}.{slot}' for module in (self.convs[index], self.norms[index]) for slot in ('weight', 'bias')]
 
     def run(self, block: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         """What the block computes if the recipe is right, with all norms in eval mode."""
@@ -145,7 +147,7 @@ class Job:
     """One run of a block, what its forward tells its backward.
 
     Args:
-        weights: makes the block's tensors from the fusion's parameters.
+        weights: makes tensors of the block, by name, from the fusion's parameters.
         recipe, block: how it is computed, and by which modules.
         parts: K, how many parts of rows there are.
         memory: what is kept: ``'masks'``, ``'rebuild'`` or ``'recompute'``, see :class:`~.gradients.Gradient`.
@@ -153,7 +155,7 @@ class Job:
         inner: what the block computed inside: with ``'rebuild'`` of its last layer, from forward on; with
             ``'recompute'`` of all, from when the output is made again until backward.
     """
-    weights: Callable[[list[Tensor]], dict[str, Tensor]]
+    weights: Callable[[list[Tensor], list[str]], dict[str, Tensor]]
     recipe: Recipe
     block: nn.Module
     parts: int
@@ -164,14 +166,20 @@ class Job:
     def __post_init__(self) -> None:
         self.training = [norm.training for norm in self.recipe.norms_of(self.block)]
         self.convs = self.recipe.settings(self.block)
+        self.kernels = [self.block.get_submodule(name).kernel_size[0] for name in self.recipe.convs]
 
-    def pick(self, rows: int, kernels: list[int]) -> list[Part]:
+    def pick(self, rows: int) -> list[Part]:
         """A part of the output's rows for each convolution."""
-        return [pick_part(rows, kernel, conv, self.parts) for kernel, conv in zip(kernels, self.convs, strict=True)]
+        return [pick_part(rows, kernel, conv, self.parts) for kernel, conv in zip(self.kernels, self.convs,
+                                                                                  strict=True)]
 
-    def fold(self, parameters: list[Tensor]) -> Folded:
-        """The folded weights and biases from the fusion's parameters."""
-        return self.recipe.fold(self.block, self.weights(parameters))
+    def tensors(self, index: int, parameters: list[Tensor]) -> dict[str, Tensor]:
+        """A convolution's and its norm's tensors from the fusion's parameters: one layer's at a time are there."""
+        return self.weights(parameters, self.recipe.parameters(index))
+
+    def fold(self, index: int, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """A convolution's folded weight and bias from the fusion's parameters."""
+        return self.recipe.fold(self.block, index, self.tensors(index, parameters))
 
     def take_inner(self) -> list[Tensor] | None:
         """What was computed again, if it was; it is not kept any longer."""
@@ -179,11 +187,18 @@ class Job:
         return inner
 
 
-def contract(tensors: dict[str, Tensor], gradients: dict[str, Tensor], parameters: list[Tensor]) -> tuple:
-    """The gradients of the fusion's parameters, from those of the tensors that were made of them."""
-    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
-    return torch.autograd.grad([tensors[name] for name in names], parameters,
-                               [gradients[name].to(tensors[name].dtype) for name in names], allow_unused=True)
+def add_contracted_(total: list[Tensor | None], tensors: list[Tensor], gradients: list[Tensor],
+                    parameters: list[Tensor]) -> None:
+    """Add to the gradients of the fusion's parameters what those of some tensors that were made of them give."""
+    pairs = [(tensor, grad.to(tensor.dtype)) for tensor, grad in zip(tensors, gradients, strict=True)
+             if tensor.requires_grad]
+    if not pairs:
+        return
+    found = torch.autograd.grad([tensor for tensor, _ in pairs], parameters, [grad for _, grad in pairs],
+                                allow_unused=True)
+    for index, grad in enumerate(found):
+        if grad is not None:
+            total[index] = grad if total[index] is None else total[index] + grad
 
 
 def autocast_now(device: str) -> Callable[[], torch.autocast]:

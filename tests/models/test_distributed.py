@@ -44,13 +44,19 @@ RUNS.update({f'{backbone}_{mode}_{operator}': dict(backbone=backbone, mode=mode,
              for backbone, operator, memory in LIGHT for mode in Gradient.MODES})
 RUNS.update({f'resnet_sampled_{memory}': dict(backbone='resnet', mode='detached', memory=memory, sample=1)
              for memory in Gradient.MEMORY})
+RUNS.update({f'{backbone}_sampled_{memory}': dict(backbone=backbone, mode='detached', memory=memory, sample=1)
+             for backbone in ('swin', 'vit', 'convnext', 'hrnet') for memory in ('masks', 'recompute')})
+RUNS.update({f'resnet_folded_{sample}': dict(backbone='resnet', mode='detached', sample=sample, fold_norm=True)
+             for sample in (None, 1)})
 
 
 def build(backbone: str, mode: str, with_cp: bool = False, operator: str = 'FullBlock',
-          memory: str | None = None, sample: float | None = None) -> nn.Module:
+          memory: str | None = None, sample: float | None = None, fold_norm: bool = False) -> nn.Module:
     """A small backbone with some replaced blocks, in training and in float64."""
     torch.manual_seed(0)
     more = dict(with_cp=True) if with_cp else {}
+    if fold_norm:
+        more['fold_norm'] = True
     replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type=operator),
                        gradient=dict(mode=mode, memory=memory, sample=sample))
     model = MODELS.build(copy.deepcopy(dict(BACKBONES[backbone], replacement=replacement, **more)))

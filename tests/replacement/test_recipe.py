@@ -196,7 +196,8 @@ def test_folding_keeps_what_is_computed(random, make):
     block.eval()
     recipe = recipe_of(block)
     expected = out = picture(block)
-    for (weight, bias), conv, name, norm in zip(recipe.fold(block, tensors), recipe.settings(block), recipe.convs,
+    folded = [recipe.fold(block, index, tensors) for index in range(len(recipe.convs))]
+    for (weight, bias), conv, name, norm in zip(folded, recipe.settings(block), recipe.convs,
                                                 recipe.norms, strict=True):
         out = conv.run(out, weight, bias)
         expected = block.get_submodule(norm)(block.get_submodule(name)(expected))

@@ -47,7 +47,7 @@ def training_batch(model: nn.Module, size: int, classes: int) -> dict[str, Any]:
     kinds = {type(module) for module in model.modules()}
     shape = _shape(model, size)
     batch = demo_mm_inputs(image_shapes=shape, num_items=[1, 2], num_classes=min(max(classes, 2), 10),
-                           with_mask=_has_masks(model), with_semantic=True,
+                           with_mask=has_masks(model), with_semantic=True,
                            sem_seg_output_strides=8 if FusedSemanticHead in kinds else 1)
     for sample in batch['data_samples']:
         sample.gt_instances.labels %= classes
@@ -84,7 +84,7 @@ def _shape(model: nn.Module, size: int) -> tuple[int, int, int]:
     return (3, head.img_h, head.img_w) if isinstance(head, CLRHead) else (3, size, size)
 
 
-def _has_masks(model: nn.Module) -> bool:
+def has_masks(model: nn.Module) -> bool:
     """Whether a part of the model is for masks; some label assigners of models without take masks amiss."""
     return any('mask' in name for name, _ in model.named_modules())
 

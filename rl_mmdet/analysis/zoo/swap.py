@@ -5,12 +5,14 @@ from typing import Any
 
 from mmdet.registry import MODELS
 
+from ... import models
 from ...models.backbones.rl_backbone import NAMED
 from ...replacement import find_chains
 from ...replacement.registry import PLANS
 from .configs import find_backbones
 
 EVERY_OTHER = dict(type='EveryKth', k=2)
+RL_MODELS = models.__name__
 
 
 def swap_backbones(model: Mapping[str, Any], *plans: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def swap_backbones(model: Mapping[str, Any], *plans: Mapping[str, Any] | None) -
     found = list(find_backbones(swapped))
     for (owner, key, backbone), plan in zip(found, plans or [EVERY_OTHER] * len(found), strict=True):
         if plan is not None:
-            owner[key] = _twin(backbone) | dict(replacement=dict(plan=plan))
+            owner[key] = rl_twin(backbone) | dict(replacement=dict(plan=plan))
     return swapped
 
 
@@ -41,9 +43,14 @@ def _plan_that_fits(backbone: Mapping[str, Any]) -> dict[str, Any] | None:
     return first and dict(type='Blocks', blocks=first)
 
 
-def _twin(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """The class made for it if there is one, else :func:`~rl_mmdet.models.RLBackbone`."""
+def rl_twin(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's settings, with the class made for it if there is one, else :func:`~rl_mmdet.models.RLBackbone`.
+
+    One that takes ``replacement`` already keeps its type.
+    """
     cls = MODELS.get(backbone['type']) if isinstance(backbone['type'], str) else backbone['type']
+    if getattr(cls, '__module__', '').startswith(f'{RL_MODELS}.'):
+        return dict(backbone)
     if cls in NAMED:
         return dict(backbone, type=NAMED[cls].__name__)
     return dict(backbone, type='RLBackbone', backbone=backbone['type'])

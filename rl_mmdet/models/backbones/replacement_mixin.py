@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...replacement import ReplacementReport, fold_norm_, replace_blocks_
 
@@ -51,7 +52,8 @@ def fold_norm_in_backbone_(backbone: nn.Module) -> None:
     Raises:
         ValueError: it has ``norm_eval=False``, or nothing to fold.
     """
-    if not getattr(backbone, 'norm_eval', True):
+    trains = not getattr(backbone, 'norm_eval', True)
+    if trains and any(isinstance(module, _BatchNorm) for module in backbone.modules()):
         raise ValueError(f'{type(backbone).__name__}: fold_norm=True with norm_eval=False, but BatchNorm that trains '
                          'can\'t be folded; set norm_eval=True or leave fold_norm out')
     fold_norm_(backbone)

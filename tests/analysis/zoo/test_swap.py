@@ -48,3 +48,8 @@ def test_plans_that_fit_is_the_first_replaceable_block_otherwise(monkeypatch):
 
 def test_plans_that_fit_is_none_where_no_block_can_be_replaced():
     assert swap.plans_that_fit(read_config('retinanet/retinanet_r18_fpn_1x_coco.py').model) == [None]
+
+
+@pytest.mark.parametrize('backbone', [dict(type='RLResNet', depth=50), dict(type='RLViT', arch='tiny')])
+def test_rl_twin_keeps_a_backbone_that_is_one(backbone):
+    assert swap.rl_twin(backbone) == backbone

@@ -1,0 +1,114 @@
+"""benchmarks/train_step.py as a user calls it, on a tiny detector."""
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = str(Path(__file__).resolve().parents[2] / 'benchmarks/train_step.py')
+TINY = 'faster-rcnn_r34_fpn_digits.py'
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run it in an empty folder; returns its exit status and what it wrote to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, 'argv', [PROGRAM, *map(str, arguments), '--out', 'results/page'])
+        try:
+            runpy.run_path(PROGRAM, run_name='__main__')
+        except SystemExit as stop:
+            return stop.code or 0, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+    return call
+
+
+def read():
+    return json.loads(Path('results/page.json').read_text())
+
+
+@pytest.mark.parametrize(('arguments', 'said'), [
+    (('--variants', 'slimm'), "unknown 'slimm'; allowed: baseline, folded, skip, naive"),
+    (('--variants', 'baseline+fold'), 'allowed: baseline, folded'),
+    (('--config', 'missing.py'), '--config missing.py: a file is missing'),
+    (('--config', 'mmdet::missing.py'), 'mmdet::PATH'),
+    (('--device', 'cuda'), 'torch finds no GPU here; allowed: cpu'),
+    (('--amp', 'bf17'), "choose from 'off', 'bf16', 'fp16'"),
+    (('--k', '1'), 'integers of at least 2'),
+    (('--rounds', '0'), "'0' is no integer of at least 1"),
+    (('--backbone-only', '--detector'), 'not allowed with'),
+    (('--preset', 'cpu', '--config', 'a.py'), 'leave one out'),
+])
+def test_wrong_input_is_one_line_and_nothing_is_written(run, monkeypatch, arguments, said):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    status, written = run(*arguments)
+    assert status == 2
+    assert written.startswith('error: ') and said in written
+    assert written.count('\n') == 1
+    assert not Path('results').exists()
+
+
+@pytest.fixture
+def config(tiny_config):
+    return tiny_config(TINY, more='model["backbone"]["norm_eval"] = True\n')
+
+
+def test_page_and_data_of_a_backbone(run, config):
+    names = ['skip', 'naive', 'rebuild', 'slim', 'frozen', 'checkpoint', 'folded', 'skip+fold', 'rebuild+fold']
+    status, _ = run('--config', config, '--backbone-only', '--size', 64, 64, '--rounds', 2, '--variants', *names)
+    assert status == 0
+    found, = read()['cases']
+    rows = found['rows']
+    assert found['left_out'] == {} and found['reason'] == ''
+    assert list(rows) == ['baseline', *names]
+    assert all(len(row['ratios']) == 2 and 'milliseconds' not in row for row in rows.values())
+    assert set(rows['baseline']['ratios']) == {1.}
+    assert set(rows['skip']['shares'].values()) == {1.}
+    assert rows['naive']['shares']['flops'] == 0
+    assert rows['slim']['shares']['flops'] > 0.5
+    assert rows['checkpoint']['flops'] > rows['baseline']['flops'] > rows['frozen']['flops']
+    assert rows['folded']['saved'] < rows['baseline']['saved']
+    assert 'flops' in rows['rebuild+fold']['shares'] and rows['folded']['shares'] == {}
+    page = Path('results/page.md').read_text()
+    assert '--rounds 2' in page
+    assert '| rebuild+fold | ' in page
+
+
+def test_a_detectors_variants_work_on_the_same_regions(run, config):
+    status, _ = run('--config', config, '--detector', '--count-only', '--size', 64, 64, '--variants', 'slim', 'folded')
+    found, = read()['cases']
+    assert status == 0
+    assert len({json.dumps(row['regions']) for row in found['rows'].values()}) == 1
+    assert 'Regions: 8 in roi_head.bbox_head.' in Path('results/page.md').read_text()
+
+
+def test_what_a_backbone_cannot_have_is_left_out_with_the_reason(run, tiny_config):
+    status, _ = run('--config', tiny_config(TINY), '--backbone-only', '--count-only', '--size', 64, 64, '--variants',
+                    'skip', 'folded', 'skip+fold')
+    found, = read()['cases']
+    assert status == 0
+    assert list(found['rows']) == ['baseline', 'skip']
+    assert 'norm_eval=False' in found['left_out']['folded']
+    assert 'left out: folded, skip+fold: ' in Path('results/page.md').read_text()
+
+
+def test_a_plan_that_chooses_nothing_is_said_on_the_page(run, tiny_config):
+    config = tiny_config(TINY, more='model["backbone"]["depth"] = 18\n')
+    status, _ = run('--config', config, '--backbone-only', '--count-only')
+    assert status == 0
+    assert 'nothing measured: ' in Path('results/page.md').read_text()
+
+
+def test_resume_measures_only_what_is_missing(run, config):
+    arguments = ('--config', config, '--backbone-only', '--count-only', '--variants', 'skip', '--resume', '--size', 64)
+    run(*arguments, 64)
+    results = read()
+    results['cases'][0]['rows']['skip']['flops'] = -1
+    Path('results/page.json').write_text(json.dumps(results))
+    run(*arguments, 64, '--batch', 1, 2)
+    results = read()
+    assert results['cases'][0]['rows']['skip']['flops'] == -1
+    assert [found['case']['batch'] for found in results['cases']] == [1, 2]
+    assert len(results['commands']) == 2
