@@ -29,12 +29,13 @@ class Gradient:
             synthesised weights. ``'rebuild'``: its output, which the block after it would save, isn't kept either but
             made again from its input, at the price of one cheap layer's computation: for operators that have no
             state (:class:`~.light_operators.LightOperator` without norms), and with ``sample`` for blocks with a
-            recipe. ``'recompute'``: nothing but its input, and all is computed again in backward, by
-            :func:`torch.utils.checkpoint.checkpoint`: the least memory, for one more forward; for every operator,
-            with the output rebuilt where that can be.
+            recipe. ``'recompute'``: nothing but its input, and all is computed again in backward: the least memory,
+            for one more forward; for every operator, with the output rebuilt where that can be. With ``sample`` blocks
+            with a recipe do this themselves, others by :func:`torch.utils.checkpoint.checkpoint`, under which running
+            statistics are updated twice.
         sample: part of each layer's positions, above 0 and at most 1, from which the gradient of the fusion's
-            parameters is estimated without bias (:mod:`~rl_mmdet.replacement.sampling`); 1 is exact. None: plain
-            autograd. Needs ``mode='detached'``.
+            parameters is estimated without bias (:mod:`~rl_mmdet.replacement.sampling`); 1 is exact. Other values
+            are rounded to 1 over an integer. None: plain autograd. Needs ``mode='detached'``.
 
     With ``sample`` each block takes the best way there is for it, see ``tools/blocks.py``. Blocks of ordinary
     convolutions in a row, each with its norm and a ReLU, as a whole: with BatchNorm in eval mode by

@@ -67,9 +67,9 @@ class Part:
     def of_output(self, grad: Tensor) -> Tensor:
         """The part's rows of the output's gradient, the strips behind one another as examples of a batch."""
         if self.count == 1:
-            return grad.contiguous()
+            return grad.contiguous(memory_format=format_of(grad))
         if self.sliced:
-            return grad[..., self.first::self.count, :].contiguous()
+            return grad[..., self.first::self.count, :].contiguous(memory_format=format_of(grad))
         return torch.cat([_rows(grad, top, top + self.strip) for top in self.strips()])
 
     def of_input(self, h: Tensor, kernel: int, conv: ConvSettings) -> Tensor:
@@ -77,7 +77,8 @@ class Part:
         if self.count == 1:
             return h
         if self.sliced:
-            return h[..., self.first * conv.stride[0]:self.rows * conv.stride[0]:self.count * conv.stride[0], :].clone()
+            rows = slice(self.first * conv.stride[0], self.rows * conv.stride[0], self.count * conv.stride[0])
+            return h[..., rows, :].clone(memory_format=format_of(h))
         more = (self.strip - 1) * conv.stride[0] + conv.dilation[0] * (kernel - 1) + 1
         tops = [top * conv.stride[0] - conv.padding[0] for top in self.strips()]
         return torch.cat([_rows(h, top, top + more) for top in tops])
@@ -98,6 +99,12 @@ def pick_part(rows: int, kernel: int, conv: ConvSettings, parts: int) -> Part:
     strip = 1 if sliced else max(1, min(STRIP, rows // parts))
     count = min(parts, -(-rows // strip))
     return Part(rows, strip, pick(count), count, sliced)
+
+
+def format_of(tensor: Tensor) -> torch.memory_format:
+    """Whether a map has its channels last in memory."""
+    last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def pick(count: int) -> int:
@@ -134,7 +141,7 @@ def estimate(grad: Tensor, seen: Tensor, weight: Tensor, conv: ConvSettings, par
 
 def input_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, settings: ConvSettings) -> Tensor:
     """The gradient of a convolution's input of this shape."""
-    like = grad.new_empty(()).expand(shape)
+    like, weight = grad.new_empty(()).expand(shape), weight.contiguous(memory_format=format_of(grad))
     return torch.ops.aten.convolution_backward(
         grad, like, weight, None, settings.stride, settings.padding, settings.dilation, False, (0, 0),
         settings.groups, (True, False, False))[0]
@@ -170,14 +177,21 @@ def inner(a: Tensor, b: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def to_bits(mask: Tensor) -> Tensor:
-    """Eight bools in a byte."""
-    flat = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    """Eight bools of a map in a byte, in the order of memory: shape ``(n,)``, ``(1, n)`` with the channels last."""
+    last = format_of(mask) is torch.channels_last
+    flat = mask.permute(0, 2, 3, 1).flatten() if last else mask.flatten()
+    flat = F.pad(flat, (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8)
+    bits = (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    return bits[None] if last else bits
 
 
 def positive(kept: Tensor, shape: torch.Size) -> Tensor:
     """Where a ReLU let something through, from its output, from bools or from bits."""
     if kept.dtype != torch.uint8:
         return kept > 0
-    bits = kept[:, None] >> torch.arange(8, dtype=torch.uint8, device=kept.device) & 1
-    return bits.flatten()[:shape.numel()].view(shape).bool()
+    bits = (kept.flatten()[:, None] >> torch.arange(8, dtype=torch.uint8, device=kept.device) & 1).bool().flatten()
+    bits = bits[:shape.numel()]
+    if kept.ndim == 1:
+        return bits.view(shape)
+    batch, channels, height, width = shape
+    return bits.view(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -244,7 +244,18 @@ def test_bits_hold_bools(shape):
 def test_bits_hold_bools_of_other_memory_layouts():
     mask = (torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(1)) > 0.5).to(
         memory_format=torch.channels_last)
-    assert torch.equal(positive(to_bits(mask), mask.shape), mask)
+    back = positive(to_bits(mask), mask.shape)
+    assert torch.equal(back, mask)
+    assert back.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_parts_of_maps_with_the_channels_last_have_them_last(kernel):
+    h, conv = torch.randn(2, 3, 16, 5).to(memory_format=torch.channels_last), ConvSettings((1, 1), (kernel // 2,) * 2,
+                                                                                         (1, 1), 1)
+    part = pick_part(16, kernel, conv, 4)
+    for found in (part.of_input(h, kernel, conv), part.of_output(h)):
+        assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_positive_takes_outputs_and_bools_as_well():
