@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .conv_norm_pairs import find_pairs
+from .recipe import fold, scales
 
 MARK = '_norm_is_done'
 """Attribute of a convolution's output on its way to the norm that was folded into the convolution."""
@@ -167,10 +168,9 @@ class FoldedConvolution(torch.autograd.Function):
         cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
         with torch.autocast(device, enabled=False):
-            _, scale = _scales(gamma, var, eps)
-            shift = scale * _offset(bias, mean) + (0 if beta is None else beta)
+            kernel, shift = fold(weight, bias, gamma, beta, mean, var, eps)
             inputs = x.to(dtype) if cast else x
-            out = F.conv2d(inputs, _scaled(weight, scale).to(dtype), shift.to(dtype), *setting)
+            out = F.conv2d(inputs, kernel.to(dtype), shift.to(dtype), *setting)
         ctx.eps, ctx.setting, ctx.shape, ctx.dtype = eps, setting, x.shape, x.dtype
         _, for_weight, _, for_gamma, *_ = ctx.needs_input_grad
         ctx.save_for_backward(inputs if for_weight or for_gamma else None, weight, bias, gamma, mean, var)
@@ -182,7 +182,7 @@ class FoldedConvolution(torch.autograd.Function):
         inputs, weight, bias, gamma, mean, var = ctx.saved_tensors
         for_x, for_weight, for_bias, for_gamma, for_beta = ctx.needs_input_grad[:5]
         with torch.autocast(grad.device.type, enabled=False):
-            inverse, scale = _scales(gamma, var, ctx.eps)
+            inverse, scale = scales(gamma, var, ctx.eps)
             grad_x, grad_kernel = _convolution_backward(ctx, grad, inputs, weight, scale, for_x)
             grad_shift = grad.sum((0, 2, 3), dtype=scale.dtype) if for_bias or for_gamma or for_beta else None
             grad_gamma = None
@@ -207,12 +207,6 @@ def _convolution_backward(ctx: Any, grad: Tensor, inputs: Tensor | None, weight:
     grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(grad, inputs, kernel, None, stride, padding, dilation,
                                                                  False, (0, 0), groups, (*needed, False))
     return grad_x.to(ctx.dtype) if for_x else None, grad_kernel.to(scale.dtype) if needed[1] else None
-
-
-def _scales(gamma: Tensor | None, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """1/σ and γ/σ, in float32 or better."""
-    inverse = (var.to(torch.promote_types(var.dtype, torch.float32)) + eps).rsqrt()
-    return inverse, inverse if gamma is None else inverse * gamma
 
 
 def _offset(bias: Tensor | None, mean: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .block_parts import branch, keeps_its_shape
-from .sampling import ConvSettings, Part, pick_part
+from .sampling import ConvSettings, Part, pick_part, wide
 
 PLAIN = (nn.Conv2d, _BatchNorm, nn.GroupNorm, nn.ReLU, nn.Identity)
 
@@ -46,18 +46,10 @@ class Recipe:
             index: which convolution.
             tensors: parameters of the block by name, these two modules' among them.
         """
-        conv, norm = self.convs[index], self.norms[index]
+        norm = self.norms[index]
+        weight, bias, gamma, beta = (tensors.get(name) for name in self.parameters(index))
         module = block.get_submodule(norm)
-        scale = (module.running_var + module.eps).rsqrt()
-        if f'{norm}.weight' in tensors:
-            scale = scale * tensors[f'{norm}.weight']
-        shift = -module.running_mean
-        if f'{conv}.bias' in tensors:
-            shift = shift + tensors[f'{conv}.bias']
-        bias = shift * scale
-        if f'{norm}.bias' in tensors:
-            bias = bias + tensors[f'{norm}.bias']
-        return tensors[f'{conv}.weight'] * scale.view(-1, 1, 1, 1), bias
+        return fold(weight, bias, gamma, beta, module.running_mean, module.running_var, module.eps)
 
     def parameters(self, index: int) -> list[str]:
         """The names that a convolution's and its norm's parameters have, if they have them."""
@@ -85,6 +77,25 @@ class Recipe:
 
     def norms_of(self, block: nn.Module) -> list[nn.Module]:
         return [block.get_submodule(name) for name in self.norms]
+
+
+def fold(weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor,
+         eps: float) -> tuple[Tensor, Tensor]:
+    r"""A convolution's weight and bias with the BatchNorm behind it in them: :math:`Wγ/σ` and :math:`β + γ(c - μ)/σ`.
+
+    Args:
+        weight, bias: W and c.
+        gamma, beta, mean, var, eps: the norm's.
+    """
+    _, scale = scales(gamma, var, eps)
+    shift = scale * (-mean if bias is None else bias - mean)
+    return weight * scale.view(-1, 1, 1, 1), shift if beta is None else shift + beta
+
+
+def scales(gamma: Tensor | None, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """1/σ and γ/σ, in float32 or better."""
+    inverse = (wide(var) + eps).rsqrt()
+    return inverse, inverse if gamma is None else inverse * gamma
 
 
 def recipe_of(block: nn.Module) -> Recipe | None:
