@@ -7,11 +7,9 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from mmdet.models.backbones.resnext import Bottleneck as ResNeXtBottleneck
 from timm.models.resnet import Bottleneck as TimmBottleneck
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rl_mmdet.analysis import count_flops, saved_bytes
 from rl_mmdet.replacement import folded_block, replace_blocks_
-from rl_mmdet.replacement.folded_block import FoldedBlock
 
 KINDS = {
     'basic': (lambda: BasicBlock(8, 8), 8),
@@ -196,25 +194,6 @@ def test_saved_bytes_of_the_layer_alone(build, memory):
     assert saved_bytes(model, lambda: model[0][1](image)) == expected[memory]
 
 
-def test_recompute_computes_the_forward_once_more(build):
-    """Whether the block behind needs the output or not; what was computed for it isn't computed again."""
-    image, found = picture(batch=1, size=(16, 16)).requires_grad_(), {}
-    block = 2 * 256 * (16 * 4 + 9 * 4 * 4 + 4 * 16)
-    for memory in ('masks', 'recompute'):
-        model = build(sample=1 / 8, memory=memory)
-        model(image)
-        found[memory] = [count_flops(lambda run=run: run(image).sum().backward()) for run in (model, model[0][1])]
-    assert [more - less for more, less in zip(found['recompute'], found['masks'], strict=True)] == [block, block]
-
-
-def test_what_was_computed_again_is_dropped_after_backward(build, monkeypatch):
-    jobs, output_again = [], FoldedBlock.output_again
-    monkeypatch.setattr(FoldedBlock, 'output_again', lambda job, *rest: jobs.append(job) or output_again(job, *rest))
-    loss = build(sample=1 / 4, memory='recompute')(picture().requires_grad_()).sum()
-    loss.backward()
-    assert [job.inner for job in jobs] == [None]
-
-
 def test_flops_are_those_of_forward_input_gradient_and_the_sampled_part(build):
     image = picture(batch=1, size=(16, 16)).requires_grad_()
     block = 2 * 256 * (16 * 4 + 9 * 4 * 4 + 4 * 16)
@@ -273,35 +252,7 @@ def test_changes_in_place_raise_where_only_the_input_learns(build):
         torch.autograd.grad(out.sum(), image)
 
 
-def test_double_backward_raises(build):
-    image = picture().requires_grad_()
-    [grad] = torch.autograd.grad(build()(image).square().sum(), image, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
-def test_backward_twice_over_a_retained_graph(build, memory):
-    model, image = build(sample=1 / 4, memory=memory), picture().requires_grad_()
-    loss = model(image).square().sum()
-    loss.backward(retain_graph=True)
-    once = model[0][1].coeff.grad.clone(), image.grad.clone()
-    loss.backward()
-    for now, before in zip((model[0][1].coeff.grad, image.grad), once, strict=True):
-        torch.testing.assert_close(now, 2 * before)
-
-
 # Beside other things
-
-def test_under_activation_checkpoints_the_same_part_is_drawn_again(build, gradients, assert_same):
-    model, image = build(sample=1 / 4), picture()
-    torch.manual_seed(5)
-    expected = gradients(model, image)
-    stage = model[0].forward
-    model[0].forward = lambda x: checkpoint(stage, x, use_reentrant=False)
-    torch.manual_seed(5)
-    assert_same(gradients(model, image), expected)
-
 
 @pytest.mark.parametrize('sample', [1, 1 / 4])
 @pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
@@ -322,14 +273,6 @@ def test_autocast(build, gradients, assert_same, memory, sample):
 def test_half_precision_is_run_as_a_whole(build, dtype):
     model, image = build().to(dtype), picture().to(dtype)
     assert is_folded(model, image.requires_grad_())
-
-
-@pytest.mark.parametrize('sample', [1, 1 / 3])
-def test_channels_last_stays(build, gradients, at_every_draw, mean, assert_same, sample):
-    image = picture(size=(6, 5)).to(memory_format=torch.channels_last)
-    model = build(sample=sample).to(memory_format=torch.channels_last)
-    assert model(image.clone().requires_grad_()).is_contiguous(memory_format=torch.channels_last)
-    assert_same(mean(at_every_draw(model, image)), gradients(build(sample=None), image))
 
 
 def test_copies(build, gradients, assert_same):

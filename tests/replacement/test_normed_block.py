@@ -10,12 +10,10 @@ from timm.layers import GroupNorm
 from timm.models.resnet import Bottleneck as TimmBottleneck
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from rl_mmdet.analysis import count_flops, saved_bytes
 from rl_mmdet.replacement import computing_layers, normed_block
 from rl_mmdet.replacement.folded_block import FoldedBlock
-from rl_mmdet.replacement.normed_block import NormedBlock
 from rl_mmdet.replacement.sampling import with_exact_part
 
 GN = dict(norm_cfg=dict(type='GN', num_groups=2))
@@ -274,26 +272,6 @@ def test_no_synthesised_weight_is_kept(build, memory):
     assert not {tuple(shape) for shape in model[0][1].shapes.values()} & set(shapes)
 
 
-@pytest.mark.parametrize('kind', ['bottleneck', 'bottleneck, GN'])
-def test_recompute_computes_the_forward_once_more(build, kind):
-    """Whether the block behind needs the output or not; what was computed for it isn't computed again."""
-    image, found = picture(kind, batch=1, size=(16, 16)).requires_grad_(), {}
-    block = 2 * 256 * (16 * 4 + 9 * 4 * 4 + 4 * 16)
-    for memory in ('masks', 'recompute'):
-        model = build(kind, 1 / 8, memory)
-        model(image)
-        found[memory] = [count_flops(lambda run=run: run(image).sum().backward()) for run in (model, model[0][1])]
-    assert [more - less for more, less in zip(found['recompute'], found['masks'], strict=True)] == [block, block]
-
-
-def test_what_was_computed_again_is_dropped_after_backward(build, monkeypatch):
-    jobs, output_again = [], NormedBlock.output_again
-    monkeypatch.setattr(NormedBlock, 'output_again', lambda job, *rest: jobs.append(job) or output_again(job, *rest))
-    loss = build(sample=1 / 4, memory='recompute')(picture().requires_grad_()).sum()
-    loss.backward()
-    assert [job.inner for job in jobs] == [None]
-
-
 def test_flops_are_those_of_forward_input_gradient_and_the_sampled_part(build):
     image = picture(batch=1, size=(16, 16)).requires_grad_()
     block = 2 * 256 * (16 * 4 + 9 * 4 * 4 + 4 * 16)
@@ -333,17 +311,6 @@ def test_another_mode_before_backward_changes_nothing(build, assert_same, kind, 
 
 
 @pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
-def test_backward_twice_over_a_retained_graph(build, memory):
-    model, image = build(sample=1 / 4, memory=memory), picture().requires_grad_()
-    loss = model(image).square().sum()
-    loss.backward(retain_graph=True)
-    once = model[0][1].coeff.grad.clone(), image.grad.clone()
-    loss.backward()
-    for now, before in zip((model[0][1].coeff.grad, image.grad), once, strict=True):
-        torch.testing.assert_close(now, 2 * before)
-
-
-@pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
 @pytest.mark.parametrize('what', ['kept weight', 'coefficients', 'statistics of a norm in eval mode'])
 def test_changes_in_place_before_backward_raise(build, what, memory):
     model = build(memory=memory, frozen=(1,))
@@ -355,24 +322,7 @@ def test_changes_in_place_before_backward_raise(build, what, memory):
         out.sum().backward()
 
 
-def test_double_backward_raises(build):
-    image = picture().requires_grad_()
-    [grad] = torch.autograd.grad(build()(image).square().sum(), image, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
-
-
 # Beside other things
-
-def test_under_activation_checkpoints_the_same_part_is_drawn_again(build, gradients, assert_same):
-    model, image = build(sample=1 / 4), picture()
-    torch.manual_seed(5)
-    expected = gradients(model, image)
-    stage = model[0].forward
-    model[0].forward = lambda x: checkpoint(stage, x, use_reentrant=False)
-    torch.manual_seed(5)
-    assert_same(gradients(model, image), expected)
-
 
 @pytest.mark.parametrize('sample', [1, 1 / 4])
 @pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
@@ -403,14 +353,6 @@ def test_backward_outside_of_autocast_is_that_inside(build, assert_same, kind):
             loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
     assert_same(found[1], found[0], 1e-6)
-
-
-@pytest.mark.parametrize('sample', [1, 1 / 3])
-def test_channels_last_stays(build, gradients, at_every_draw, mean, assert_same, sample):
-    image = picture(size=(6, 5)).to(memory_format=torch.channels_last)
-    model = build(sample=sample).to(memory_format=torch.channels_last)
-    assert model(image.clone().requires_grad_()).is_contiguous(memory_format=torch.channels_last)
-    assert_same(mean(at_every_draw(model, image)), gradients(build(sample=None), image))
 
 
 @pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
