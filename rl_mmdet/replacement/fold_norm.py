@@ -18,7 +18,6 @@ arXiv 2305.11624 (``efficient_conv_bn_eval`` of MMCV and MMEngine); it leaves ba
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .conv_norm_pairs import find_pairs
 from .recipe import fold, scales
+from .sampling import ConvSettings, input_gradient
 
 MARK = '_norm_is_done'
 """Attribute of a convolution's output on its way to the norm that was folded into the convolution."""
@@ -96,8 +96,7 @@ class FoldingConv2d(_Paired, nn.Conv2d, _ConvNd):  # the last for mmengine's ini
         if norm is None or not norm.has_fixed_statistics():
             return super().forward(x)
         out = FoldedConvolution.apply(x, self.weight, self.bias, norm.weight, norm.bias, norm.running_mean,
-                                      norm.running_var, norm.eps,
-                                      (self.stride, self.padding, self.dilation, self.groups))
+                                      norm.running_var, norm.eps, ConvSettings.of(self))
         setattr(out, MARK, True)
         return out
 
@@ -157,21 +156,21 @@ def _may_fold(x: Any) -> bool:
 class FoldedConvolution(torch.autograd.Function):
     """See the module's text.
 
-    Inputs: x; weight and bias of the convolution and of the norm, running mean and variance; ε; and stride, padding,
-    dilation and groups. Under autocast it computes in that dtype, as a convolution does, from weights folded before.
+    Inputs: x; weight and bias of the convolution and of the norm, running mean and variance; ε; and the convolution's
+    settings. Under autocast it computes in that dtype, as a convolution does, from weights folded before.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-                mean: Tensor, var: Tensor, eps: float, setting: tuple) -> Tensor:
+                mean: Tensor, var: Tensor, eps: float, conv: ConvSettings) -> Tensor:
         device = x.device.type
         cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
         with torch.autocast(device, enabled=False):
             kernel, shift = fold(weight, bias, gamma, beta, mean, var, eps)
             inputs = x.to(dtype) if cast else x
-            out = F.conv2d(inputs, kernel.to(dtype), shift.to(dtype), *setting)
-        ctx.eps, ctx.setting, ctx.shape, ctx.dtype = eps, setting, x.shape, x.dtype
+            out = conv.run(inputs, kernel.to(dtype), shift.to(dtype))
+        ctx.eps, ctx.conv, ctx.shape, ctx.dtype = eps, conv, x.shape, x.dtype
         _, for_weight, _, for_gamma, *_ = ctx.needs_input_grad
         ctx.save_for_backward(inputs if for_weight or for_gamma else None, weight, bias, gamma, mean, var)
         return out
@@ -197,16 +196,14 @@ class FoldedConvolution(torch.autograd.Function):
 def _convolution_backward(ctx: Any, grad: Tensor, inputs: Tensor | None, weight: Tensor, scale: Tensor,
                           for_x: bool) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the folded weight, the second if the inputs were kept for it."""
-    needed = for_x, inputs is not None
-    if not any(needed):
-        return None, None
-    if inputs is None:  # only their shape matters then
-        inputs = grad.new_empty(()).expand(ctx.shape)
     kernel = (_scaled(weight, scale) if for_x else weight).to(grad.dtype)
-    stride, padding, dilation, groups = ctx.setting
-    grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(grad, inputs, kernel, None, stride, padding, dilation,
-                                                                 False, (0, 0), groups, (*needed, False))
-    return grad_x.to(ctx.dtype) if for_x else None, grad_kernel.to(scale.dtype) if needed[1] else None
+    if inputs is None:
+        return input_gradient(grad, kernel, ctx.shape, ctx.conv).to(ctx.dtype) if for_x else None, None
+    conv = ctx.conv
+    grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
+        grad, inputs, kernel, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups,
+        (for_x, True, False))
+    return grad_x.to(ctx.dtype) if for_x else None, grad_kernel.to(scale.dtype)
 
 
 def _offset(bias: Tensor | None, mean: Tensor) -> Tensor:

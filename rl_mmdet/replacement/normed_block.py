@@ -90,13 +90,7 @@ class NormedBlock(torch.autograd.Function):
 def _run(job: Job, x: Tensor, parameters: list[Tensor],
          norm: Callable[[int, Tensor, dict[str, Tensor]], Tensor]) -> list[Tensor]:
     """Outputs of all convolutions, and the block's."""
-    h, outputs = x, []
-    for index, (name, conv) in enumerate(zip(job.recipe.convs, job.convs, strict=True)):
-        weights = job.tensors(index, parameters)
-        outputs.append(conv.run(h, weights[f'{name}.weight'], weights.get(f'{name}.bias')))
-        h = norm(index, outputs[-1], weights)
-        h = F.relu(h + x if index == len(job.convs) - 1 else h)
-    return [*outputs, h]
+    return job.recipe.steps(job.block, lambda index: job.tensors(index, parameters), norm, x)
 
 
 def _norm_again(job: Job, index: int, z: Tensor, weights: dict[str, Tensor]) -> Tensor:

@@ -57,12 +57,29 @@ class Recipe:
 
     def run(self, block: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         """What the block computes if the recipe is right, with all norms in eval mode."""
-        out = x
-        for index, (conv, norm, settings) in enumerate(zip(self.convs, self.norms, self.settings(block), strict=True)):
-            out = settings.run(out, tensors[f'{conv}.weight'], tensors.get(f'{conv}.bias'))
-            out = norm_again(block.get_submodule(norm), False, out, **affine(tensors, norm))
-            out = F.relu(out + x if index == len(self.convs) - 1 else out)
-        return out
+        def norm(index: int, z: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+            name = self.norms[index]
+            return norm_again(block.get_submodule(name), False, z, **affine(tensors, name))
+
+        return self.steps(block, lambda index: tensors, norm, x)[-1]
+
+    def steps(self, block: nn.Module, tensors: Callable[[int], dict[str, Tensor]],
+              norm: Callable[[int, Tensor, dict[str, Tensor]], Tensor], x: Tensor) -> list[Tensor]:
+        """The outputs of all convolutions, and the block's.
+
+        Args:
+            block: for its convolutions' settings.
+            tensors: gives the parameters of a convolution, by its index, and of the norm behind it.
+            norm: runs that norm: index, input and these parameters.
+            x: the input.
+        """
+        h, outputs = x, []
+        for index, (name, conv) in enumerate(zip(self.convs, self.settings(block), strict=True)):
+            weights = tensors(index)
+            outputs.append(conv.run(h, weights[f'{name}.weight'], weights.get(f'{name}.bias')))
+            h = norm(index, outputs[-1], weights)
+            h = F.relu(h + x if index == len(self.convs) - 1 else h)
+        return [*outputs, h]
 
     @contextmanager
     def norms_in_eval(self, block: nn.Module) -> Iterator[None]:

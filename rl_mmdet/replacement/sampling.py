@@ -160,10 +160,9 @@ def with_exact_part(estimate: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
         exact: t, :math:`⟨∂L/∂W, W⟩`, for the whole weight or for each output channel.
     """
     axes = tuple(range(exact.ndim, weight.ndim))
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight, estimate = weight.to(wide), estimate.to(wide)
+    weight, estimate = wide(weight), wide(estimate)
     size = weight.square().sum(axes, keepdim=True)
-    missing = exact.to(wide).view_as(size) - (estimate * weight).sum(axes, keepdim=True)
+    missing = wide(exact).view_as(size) - (estimate * weight).sum(axes, keepdim=True)
     return estimate + weight * torch.where(size > 0, missing / size, 0)
 
 

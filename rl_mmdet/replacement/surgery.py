@@ -1,6 +1,6 @@
 """Surgery: put computing layers where blocks were, and turn them into plain blocks again."""
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -136,40 +136,43 @@ def _build_parts(replacement: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return plan, dict(fusion=fusion, operator=operator, gradient=gradient)
 
 
+def _chosen(chains: Mapping[str, Chain], choice: Choice) -> Iterator[tuple[Chain, int]]:
+    """The chain and the index of every chosen block."""
+    for name, indices in choice.items():
+        for index in indices:
+            yield chains[name], index
+
+
 def _check_choice(chains: Mapping[str, Chain], choice: Choice, plan: Any) -> None:
     if not chains:
         raise ValueError('the model has no chain of blocks (no nn.Sequential or nn.ModuleList of residual units)')
-    for name, indices in choice.items():
-        for index in indices:
-            reason = chains[name].why_not(index, choice)
-            if reason is not None:
-                raise ValueError(f'{name} block {index} can\'t be replaced: {reason}; '
-                                 f'{describe_replaceable(chains)}')
+    for chain, index in _chosen(chains, choice):
+        reason = chain.why_not(index, choice)
+        if reason is not None:
+            raise ValueError(f'{chain.name} block {index} can\'t be replaced: {reason}; '
+                             f'{describe_replaceable(chains)}')
     if not any(choice.values()):
         raise ValueError(f'{plan} replaces no block of this model; {describe_replaceable(chains)}')
 
 
 def _check_fusion(chains: Mapping[str, Chain], choice: Choice, fusion: Any) -> None:
-    for name, indices in choice.items():
-        for index in indices:
-            try:
-                shapes = chains[name].shapes_to_make(index)
-                fusion.check(shapes)
-            except ValueError as error:
-                raise ValueError(f'replacement.fusion: {chains[name].block_name(index)}: {error}') from None
+    for chain, index in _chosen(chains, choice):
+        try:
+            fusion.check(chain.shapes_to_make(index))
+        except ValueError as error:
+            raise ValueError(f'replacement.fusion: {chain.block_name(index)}: {error}') from None
 
 
 def _check_memory(chains: Mapping[str, Chain], choice: Choice, parts: dict[str, Any]) -> None:
     if parts['gradient'].memory != 'rebuild' or parts['operator'].repeatable:
         return
-    for name, indices in choice.items():
-        for index in indices:
-            block = chains[name].blocks[index]
-            if not isinstance(parts['operator'], FullBlock) or recipe_of(block) is None:
-                raise ValueError(f"replacement.gradient: memory='rebuild' isn't possible for "
-                                 f"{chains[name].block_name(index)} ({type(block).__name__}) with {parts['operator']}: "
-                                 "it isn't just convolutions in a row, each with a norm and a ReLU; use "
-                                 "memory='masks', 'recompute', or None (the best for each block)")
+    for chain, index in _chosen(chains, choice):
+        block = chain.blocks[index]
+        if not isinstance(parts['operator'], FullBlock) or recipe_of(block) is None:
+            raise ValueError(f"replacement.gradient: memory='rebuild' isn't possible for {chain.block_name(index)} "
+                             f"({type(block).__name__}) with {parts['operator']}: only FullBlock is rebuilt, in the "
+                             "place of convolutions in a row, each with a norm and a ReLU; use memory='masks', "
+                             "'recompute', or None (the best for each block)")
 
 
 def _replace_in_chain_(chain: Chain, indices: list[int], choice: Choice, parts: dict[str, Any]) -> None:

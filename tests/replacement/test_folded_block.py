@@ -55,13 +55,6 @@ def test_sample_one_with_every_fusion(build, gradients, assert_same, fusion):
     assert_same(gradients(build(fusion=fusion), image), expected)
 
 
-@pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
-def test_sample_one_with_replaced_blocks_side_by_side(build, gradients, assert_same, memory):
-    image = picture('basic')
-    expected = gradients(build('basic', None, blocks=(1, 2, 3)), image)
-    assert_same(gradients(build('basic', 1, memory, blocks=(1, 2, 3)), image), expected)
-
-
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_block_is_run_as_a_whole(build, kind):
     assert is_folded(build(kind), picture(kind))
@@ -90,16 +83,6 @@ def test_estimate_is_unbiased_over_all_parts(build, gradients, at_every_draw, me
     assert len(draws) == 3 ** convolutions
     assert_same(mean(draws), expected)
     assert any(not torch.allclose(draw[COEFF], expected[COEFF], rtol=1e-3) for draw in draws)
-
-
-@pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
-def test_estimate_is_unbiased_with_replaced_blocks_side_by_side(build, gradients, at_every_draw, mean, assert_same,
-                                                                memory):
-    image = picture('basic', size=(6, 5))
-    expected = gradients(build('basic', None, blocks=(1, 2)), image)
-    draws = at_every_draw(build('basic', 1 / 2, memory, blocks=(1, 2)), image)
-    assert len(draws) == 2 ** 4
-    assert_same(mean(draws), expected)
 
 
 def combination(model: nn.Module, found: dict[str, Tensor]) -> Tensor:

@@ -124,14 +124,6 @@ def test_sample_one_with_other_fusions(build, gradients, assert_same, fusion):
     assert_same(gradients(build(fusion=fusion), image), gradients(build(sample=None, fusion=fusion), image))
 
 
-@pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
-@pytest.mark.parametrize('kind', ['basic', 'basic, GN'])
-def test_sample_one_with_replaced_blocks_side_by_side(build, gradients, assert_same, kind, memory):
-    image = picture(kind)
-    expected = gradients(build(kind, None, blocks=(1, 2, 3)), image)
-    assert_same(gradients(build(kind, 1, memory, blocks=(1, 2, 3)), image), expected)
-
-
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_block_is_run_as_a_whole(build, kind):
     assert is_normed(build(kind), picture(kind))
@@ -170,15 +162,6 @@ def test_estimate_is_unbiased_over_all_parts(build, gradients, at_every_draw, me
         draw['out'] = draws[0]['out']  # frozen norms' statistics don't move, those of others are not used
     assert_same(mean(draws), expected)
     assert any(not torch.allclose(draw[COEFF], expected[COEFF], rtol=1e-3) for draw in draws)
-
-
-@pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
-def test_estimate_is_unbiased_with_replaced_blocks_side_by_side(build, gradients, at_every_draw, mean, assert_same,
-                                                                memory):
-    image = picture('basic', size=(6, 5))
-    draws = at_every_draw(build('basic', 1 / 2, memory, blocks=(1, 2)), image)
-    assert len(draws) == 2 ** 4
-    assert_same(mean(draws), gradients(build('basic', None, blocks=(1, 2)), image))
 
 
 @pytest.mark.parametrize('memory', ['masks', 'rebuild', 'recompute'])

@@ -1,7 +1,7 @@
 """What holds for blocks that are run as a whole, whether their norms are folded or look at the batch."""
 import pytest
 import torch
-from mmdet.models.backbones.resnet import Bottleneck
+from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,8 +25,9 @@ def build(chain, way):
     _, train, norm = way
     more = {} if norm is None else dict(norm_cfg=norm)
 
-    def net(**gradient) -> nn.Module:
-        return chain(lambda: Bottleneck(16, 4, **more), train=train, **gradient)
+    def net(blocks: tuple = (1,), basic: bool = False, **gradient) -> nn.Module:
+        make = (lambda: BasicBlock(16, 16, **more)) if basic else (lambda: Bottleneck(16, 4, **more))
+        return chain(make, blocks, train=train, **gradient)
     return net
 
 
@@ -36,6 +37,21 @@ def picture(batch: int = 2, size: tuple[int, int] = (9, 7)) -> Tensor:
 
 def test_it_is_run_as_a_whole(build, way):
     assert type(build(sample=1)[0][:2](picture()).grad_fn).__name__.startswith(way[0].__name__)
+
+
+@pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
+def test_sample_one_with_replaced_blocks_side_by_side(build, gradients, assert_same, memory):
+    expected = gradients(build((1, 2, 3), basic=True, sample=None), picture())
+    assert_same(gradients(build((1, 2, 3), basic=True, sample=1, memory=memory), picture()), expected)
+
+
+@pytest.mark.parametrize('memory', [None, 'rebuild', 'recompute'])
+def test_estimate_is_unbiased_with_replaced_blocks_side_by_side(build, gradients, at_every_draw, mean, assert_same,
+                                                                memory):
+    image = picture(size=(6, 5))
+    draws = at_every_draw(build((1, 2), basic=True, sample=1 / 2, memory=memory), image)
+    assert len(draws) == 2 ** 4
+    assert_same(mean(draws), gradients(build((1, 2), basic=True, sample=None), image))
 
 
 def test_double_backward_raises(build):
