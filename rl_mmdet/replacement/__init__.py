@@ -22,6 +22,7 @@ from .norms import recalibrate_norms_, stale_norms
 from .operators import FullBlock
 from .plans import Blocks, EveryKth, Fraction
 from .pretrained import LoadReport, adapt_state_dict
+from .references import SharedWeights, StochasticDepth
 from .registry import FUSIONS, OPERATORS, PLANS
 from .report import ReplacementReport
 from .surgery import computing_layers, materialize, replace_blocks_
@@ -29,6 +30,7 @@ from .surgery import computing_layers, materialize, replace_blocks_
 __all__ = [
     'FUSIONS', 'OPERATORS', 'PLANS', 'BestFit', 'Blocks', 'Budget', 'Chain', 'ChannelFusion', 'ComputingLayer',
     'DepthwiseBlock', 'EveryKth', 'Fit', 'Fraction', 'FullBlock', 'Gradient', 'LoadReport', 'OwnWeights', 'PooledBlock',
-    'ReplacementReport', 'ScalarFusion', 'Skip', 'SlimBlock', 'TransformFusion', 'adapt_state_dict', 'computing_layers',
-    'find_chains', 'fold_norm_', 'materialize', 'recalibrate_norms_', 'replace_blocks_', 'stale_norms', 'unfold_norm_',
+    'ReplacementReport', 'ScalarFusion', 'SharedWeights', 'Skip', 'SlimBlock', 'StochasticDepth', 'TransformFusion',
+    'adapt_state_dict', 'computing_layers', 'find_chains', 'fold_norm_', 'materialize', 'recalibrate_norms_',
+    'replace_blocks_', 'stale_norms', 'unfold_norm_',
 ]

@@ -46,6 +46,7 @@ class Fusion:
     """
     PRETRAINED = ('average', 'least_squares')
     one_pair = False
+    learns = True
 
     def __init__(self, init: float = 0.5, pretrained: str = 'average', adapt: bool = False) -> None:
         name = type(self).__name__
@@ -175,11 +176,23 @@ class OwnWeights(ScalarFusion):
     dict doesn't start its replaced blocks; with ``FullBlock`` the model is the baseline itself.
 
     Args:
+        learn: False fixes these weights, and the affine parameters of norms with them, as they were initialised or
+            loaded; running statistics go on. From scratch mmdet's ResNet starts the last norm of every block at zero
+            (``zero_init_residual``), and such a block would stay the identity.
         init, adapt: see :class:`Fusion`.
+
+    Raises:
+        TypeError: ``learn`` isn't a bool.
     """
 
-    def __init__(self, init: float = 0.5, adapt: bool = False) -> None:
+    def __init__(self, learn: bool = True, init: float = 0.5, adapt: bool = False) -> None:
         super().__init__(init=init, adapt=adapt)
+        if not isinstance(learn, bool):
+            raise TypeError(f'OwnWeights: learn must be True or False, got {learn!r}')
+        self.learn = learn
+
+    def _settings(self) -> str:
+        return super()._settings() + ('' if self.learn else ', learn=False')
 
 
 @FUSIONS.register_module()

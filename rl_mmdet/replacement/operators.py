@@ -30,8 +30,8 @@ class Operator:
         return tensor if tuple(tensor.shape) == shape else tensor[tuple(map(slice, shape))]
 
     def template(self, block: nn.Module) -> nn.Module:
-        """The ordinary module that runs in the place of ``block``, which it may be or use; its weights don't matter."""
-        raise NotImplementedError
+        """The ordinary module that runs in the place of ``block``, here the block; its weights don't matter."""
+        return block
 
     def new_parameters(self, block: nn.Module) -> dict[str, nn.Parameter]:
         """What the operator learns itself, beside what the fusion learns."""
@@ -39,8 +39,8 @@ class Operator:
 
     def weights(self, template: nn.Module, tensors: dict[str, Tensor],
                 parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All weights of the template, from the fused ``tensors`` and from the layer's ``parameters``."""
-        raise NotImplementedError
+        """All weights of the template, from the layer's ``parameters`` and the fused ``tensors``; here these."""
+        return tensors
 
     def __call__(self, template: nn.Module, weights: dict[str, Tensor], method: str, *args: Any, **kwargs: Any) -> Any:
         """Run ``method`` of the template, in general ``'forward'``, on its ``weights``."""
@@ -62,13 +62,6 @@ class FullBlock(Operator):
 
     Source: arXiv 2410.01239.
     """
-
-    def template(self, block: nn.Module) -> nn.Module:
-        return block
-
-    def weights(self, template: nn.Module, tensors: dict[str, Tensor],
-                parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors
 
 
 class _Method(nn.Module):

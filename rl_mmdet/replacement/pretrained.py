@@ -32,7 +32,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         """Four lines: loaded, used for initialisation, missing, left over."""
-        fits = ', '.join(f'{name} (a, b) = {_numbers(fit.parameters)}' for name, fit in self.fits.items())
+        fits = ', '.join(name + (f' (a, b) = {_numbers(fit.parameters)}' if fit.parameters else '')
+                         for name, fit in self.fits.items())
         left = self.left_over + [f'{key} {old} instead of {new}' for key, (old, new) in self.mismatched.items()]
         return '\n'.join([
             f'loaded: {len(self.loaded)} tensors',

@@ -16,6 +16,7 @@ from .plans import Choice, describe_replaceable
 from .pretrained import add_pretrained_hook, remove_pretrained_hook
 from .rebuild import follow, stop_following
 from .recipe import recipe_of
+from .references import always_run_
 from .registry import FUSIONS, OPERATORS, PLANS, build_part
 from .report import ReplacementReport, describe_blocks
 
@@ -65,7 +66,11 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
     learnable = {name: sum(p.numel() for p in layer.parameters(recurse=False)) for name, layer in layers.items()}
     ways = {name: layer.way for name, layer in layers.items()}
     if isinstance(parts['fusion'], OwnWeights):
-        learnable = {name: sum(p.numel() for p in block.parameters()) for name, block in _make_plain_(model).items()}
+        blocks = _make_plain_(model)
+        for block in blocks.values() if not parts['fusion'].learn else ():
+            block.requires_grad_(False)
+        learnable = {name: sum(p.numel() for p in block.parameters() if p.requires_grad)
+                     for name, block in blocks.items()}
     else:
         add_pretrained_hook(model)
     settings = {key: repr(part) for key, part in dict(plan=plan, **parts).items()}
@@ -84,8 +89,8 @@ def materialize(model: nn.Module) -> nn.Module:
     Returns:
         A new module whose outputs equal the replaced model's. With ``FullBlock`` it has the baseline's
         architecture, state-dict keys and shapes; with a light operator ordinary layers stand where the blocks were.
-        Nothing in it folds norms (:func:`~.fold_norm.fold_norm_`). ``model`` is left as it is; a model without
-        computing layers is copied.
+        Nothing in it folds norms (:func:`~.fold_norm.fold_norm_`) or is left out at random. ``model`` is left as it
+        is; a model without computing layers is copied.
 
     Raises:
         ValueError: a synthesised weight isn't finite; the message names the block.
@@ -94,6 +99,7 @@ def materialize(model: nn.Module) -> nn.Module:
         raise ValueError('materialize() takes the whole model: a computing layer alone has no place to stand in')
     plain = copy.deepcopy(model)
     _make_plain_(plain)
+    always_run_(plain)
     unfold_norm_(plain)
     return plain
 
@@ -129,6 +135,9 @@ def _build_parts(replacement: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     fusion = build_part(FUSIONS, replacement.get('fusion'), default='ScalarFusion')
     operator = build_part(OPERATORS, replacement.get('operator'), default='FullBlock')
     gradient = build_gradient(replacement.get('gradient'))
+    if gradient.sample is not None and not fusion.learns:
+        raise ValueError(f'replacement.gradient: sample estimates the gradient of what the fusion learns, and {fusion} '
+                         'learns nothing; leave sample out')
     if gradient.memory == 'rebuild' and not operator.repeatable and gradient.sample is None:
         able = [name for name, cls in OPERATORS.module_dict.items() if cls.repeatable]
         raise ValueError(f"replacement.gradient: memory='rebuild' isn't possible with {operator} and plain autograd; "

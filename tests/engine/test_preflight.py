@@ -26,9 +26,9 @@ def test_a_good_config_passes_and_reports_the_replacement(tiny):
     ("plan=dict(_delete_=True, type='EveryThird')", "unknown type 'EveryThird'; allowed: BestFit, Blocks, Budget, "
      'EveryKth, Fraction'),
     ("fusion=dict(type='Sum')", "replacement.fusion: unknown type 'Sum'; allowed: ChannelFusion, OwnWeights, "
-     'ScalarFusion, TransformFusion'),
+     'ScalarFusion, SharedWeights, TransformFusion'),
     ("operator=dict(type='Half')", "replacement.operator: unknown type 'Half'; allowed: DepthwiseBlock, FullBlock, "
-     'PooledBlock, Skip, SlimBlock'),
+     'PooledBlock, Skip, SlimBlock, StochasticDepth'),
     ("gradient=dict(mode='both')", "replacement.gradient: unknown mode 'both'; allowed: detached, coupled"),
     ("plan=dict(type='EveryKth', k=1)", 'k must be an integer of at least 2, got 1'),
     ("plan=dict(_delete_=True, type='Blocks', blocks={'layer9': [1]})", "there is no stage 'layer9'"),
