@@ -46,13 +46,14 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
 def add_rl_defaults_(cfg: Config) -> Config:
     """Add, where they are absent, the hooks and the optimizer-wrapper constructor that RL training needs.
 
-    Every run gets ``FiniteLossHook``; a config with a ``replacement`` also ``RecalibrateNormsHook``, and
-    ``RLOptimWrapperConstructor`` in place of MMEngine's default one (another constructor is respected).
+    Every run gets ``FiniteLossHook``; a config with a ``replacement`` also ``RecalibrateNormsHook``,
+    ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default one (another constructor
+    is respected).
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook']
     if uses_replacement(cfg):
-        wanted.append('RecalibrateNormsHook')
+        wanted += ['RecalibrateNormsHook', 'LogCoefficientsHook']
         wrapper = cfg.get('optim_wrapper')
         if wrapper is not None and wrapper.get('constructor') in (None, 'DefaultOptimWrapperConstructor'):
             wrapper.constructor = CONSTRUCTOR

@@ -52,7 +52,8 @@ def rl_config(**more):
 
 def test_rl_defaults_add_hooks_and_constructor_to_a_replaced_model():
     cfg = add_rl_defaults_(rl_config(custom_hooks=[dict(type='FiniteLossHook'), dict(type='Other')]))
-    assert [hook.type for hook in cfg.custom_hooks] == ['FiniteLossHook', 'Other', 'RecalibrateNormsHook']
+    assert [hook.type for hook in cfg.custom_hooks] == ['FiniteLossHook', 'Other', 'RecalibrateNormsHook',
+                                                        'LogCoefficientsHook']
     assert cfg.optim_wrapper.constructor == 'RLOptimWrapperConstructor'
 
 

@@ -1,5 +1,6 @@
 """MMEngine hooks that training with Replacement Learning needs."""
 from .finite_loss import FiniteLossHook
+from .log_coefficients import LogCoefficientsHook
 from .recalibrate_norms import RecalibrateNormsHook
 
-__all__ = ['FiniteLossHook', 'RecalibrateNormsHook']
+__all__ = ['FiniteLossHook', 'LogCoefficientsHook', 'RecalibrateNormsHook']

@@ -1,0 +1,49 @@
+"""How the coefficients of the replaced blocks develop, in the log of the training."""
+from mmdet.registry import HOOKS
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from ...replacement import computing_layers
+
+
+@HOOKS.register_module()
+class LogCoefficientsHook(Hook):
+    """Write every replaced block's (a, b) to the visualisation backends, as ``replacement/<block>/a`` and ``.../b``.
+
+    With MMDetection's default backend they are lines of their own in ``vis_data/scalars.json``, and TensorBoard and
+    others draw them as curves. Where a fusion has more than one pair, the mean over the pairs is written; a block
+    without such coefficients is left out.
+
+    Args:
+        interval: iterations between two lines; the start and the last iteration are written as well.
+
+    Raises:
+        ValueError: ``interval`` below 1.
+    """
+
+    def __init__(self, interval: int = 50) -> None:
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(f'LogCoefficientsHook: interval must be an integer of at least 1, got {interval!r}')
+        self.interval = interval
+
+    def before_train(self, runner: Runner) -> None:
+        if runner.iter == 0:
+            self._write(runner, 0)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
+                         outputs: dict | None = None) -> None:
+        step = runner.iter + 1
+        if step % self.interval == 0 or step == runner.max_iters:
+            self._write(runner, step)
+
+    def _write(self, runner: Runner, step: int) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        scalars = {}
+        for name, layer in computing_layers(model).items():
+            coeff = layer._parameters.get('coeff')
+            if coeff is not None:
+                a, b = coeff.detach().float().reshape(2, -1).mean(1).tolist()
+                scalars |= {f'replacement/{name}/a': a, f'replacement/{name}/b': b}
+        if scalars:
+            runner.visualizer.add_scalars(scalars, step=step)
