@@ -60,6 +60,7 @@ setup(
     include_package_data=True,
     cmdclass={'build_py': BuildWithMim},
     install_requires=[
+        'jinja2',
         'matplotlib',
         'numpy',
         'packaging',
@@ -67,6 +68,7 @@ setup(
         'rich',
         'safetensors',
         'scikit-learn',
+        'scipy',
         'timm>=1.0',
         'torch>=2.1',
         'torchvision',

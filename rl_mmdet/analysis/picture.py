@@ -1,6 +1,6 @@
 """Ground truth and several models' detections side by side."""
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -11,26 +11,33 @@ from matplotlib.patches import Rectangle
 Boxes = Sequence[tuple[np.ndarray, str, float | None]]
 """For each object: box as (x1, y1, x2, y2) in pixels, class name, score (None for ground truth)."""
 COLOURS = ('#2ca02c', '#1f77b4', '#d62728', '#9467bd')
+LABEL = 0.06
+"""Height of a label, as a part of the image's."""
 
 
-def save_side_by_side(path: Path, images: Sequence[str], columns: Mapping[str, Sequence[Boxes]]) -> None:
-    """Save one picture: a row per image, a column per source of boxes.
+@dataclass(frozen=True)
+class Panel:
+    """One image with boxes of one source on it, under a title."""
+    title: str
+    boxes: Boxes
+
+
+def side_by_side(images: Sequence[str], rows: Sequence[Sequence[Panel]]) -> Figure:
+    """Draw one picture: a row per image, a column per source of boxes.
 
     Args:
-        path: PNG file to write.
         images: image files.
-        columns: by title, the boxes in each image; the ground truth first.
+        rows: for each image its panels, as many in every row.
     """
-    figure = Figure(figsize=(3.2 * len(columns), 3.3 * len(images)), layout='constrained')
-    axes = figure.subplots(len(images), len(columns), squeeze=False)
-    for row, image in enumerate(images):
+    columns = len(rows[0])
+    figure = Figure(figsize=(3.2 * columns, 3.3 * len(images)), layout='constrained')
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for row, (image, panels) in enumerate(zip(images, rows, strict=True)):
         pixels = cv2.cvtColor(cv2.imread(image), cv2.COLOR_BGR2RGB)
-        for column, (title, boxes) in enumerate(columns.items()):
-            _draw(axes[row][column], pixels, boxes[row], COLOURS[column % len(COLOURS)])
-            if row == 0:
-                axes[row][column].set_title(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+        for column, panel in enumerate(panels):
+            _draw(axes[row][column], pixels, panel.boxes, COLOURS[column % len(COLOURS)])
+            axes[row][column].set_title(panel.title, fontsize=10)
+    return figure
 
 
 def _draw(axes: Axes, pixels: np.ndarray, boxes: Boxes, colour: str) -> None:
@@ -39,5 +46,7 @@ def _draw(axes: Axes, pixels: np.ndarray, boxes: Boxes, colour: str) -> None:
     for (x1, y1, x2, y2), label, score in boxes:
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
         text = label if score is None else f'{label} {score:.2f}'
-        axes.text(x1, y1 - 1, text, fontsize=8, color='white', va='bottom', clip_on=True,
+        inside = y1 < LABEL * len(pixels)  # else it would be cut off
+        axes.text(x1, y1 + 1 if inside else y1 - 1, text, fontsize=8, color='white', clip_on=True,
+                  va='top' if inside else 'bottom',
                   bbox=dict(facecolor=colour, edgecolor='none', pad=0.8))

@@ -1,41 +1,8 @@
 """How long a training step takes, for models measured against each other."""
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds per training step, measured in alternating blocks in one process.
-
-    Args:
-        seconds: median seconds per step, by name.
-        ratios: for each round, the second's time over the first's.
-    """
-    seconds: dict[str, float]
-    ratios: list[float]
-
-    @property
-    def ratio(self) -> float:
-        """Median over rounds of the second's time over the first's, no unit."""
-        return statistics.median(self.ratios)
-
-
-def alternate_steps(steps: Mapping[str, Callable[[], object]], rounds: int = 7, per_round: int = 3) -> StepTimes:
-    """Time two training steps as A B A B ..., so that a machine whose speed drifts does not favour one.
-
-    Args:
-        steps: two callables by name, the reference first; each makes one training step.
-        rounds: pairs of blocks, after one that isn't counted.
-        per_round: steps per block.
-    """
-    taken = seconds_in_turn(steps, rounds, per_round)
-    first, second = taken
-    return StepTimes(seconds={name: statistics.median(times) for name, times in taken.items()},
-                     ratios=ratios_to(taken, first)[second])
 
 
 def seconds_in_turn(steps: Mapping[str, Callable[[], object]], rounds: int = 7, per_round: int = 3,

@@ -1,5 +1,6 @@
 """One training as a process of its own: resumable, with its progress shown and its cost kept."""
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from typing import Any
 
 from ..engine import UserError
 
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
 PROGRESS = re.compile(r'(Epoch\((train|val|test)\).*|Iter\(\w+\).*|.*bbox_mAP_copypaste.*|error: .*|interrupted)')
 
 
@@ -51,7 +54,7 @@ def run_training(command: list[str], work_dir: Path, say: Callable[[str], None])
         return cost
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, '-u', *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+                               text=True, preexec_fn=_end_with_parent)
     try:
         with _signal_handler(signal.SIGTERM, signal.default_int_handler):  # leave no training running alone
             tail = _follow(process, work_dir / 'output.log', say)
@@ -65,11 +68,17 @@ def run_training(command: list[str], work_dir: Path, say: Callable[[str], None])
             cost.seconds += time.monotonic() - start
             cost.peak_rss = max(cost.peak_rss, usage.ru_maxrss * 1024)
             cost.finished = process.returncode == 0
-            _write_atomically(record, json.dumps(asdict(cost)))
+            write_atomically(record, json.dumps(asdict(cost)))
     if not cost.finished:
         raise UserError(f'{" ".join(command)} ended with status {process.returncode}; its last lines '
                         f'(all in {work_dir / "output.log"}):\n' + '\n'.join(tail))
     return cost
+
+
+def _end_with_parent() -> None:
+    """In the new process: it gets SIGTERM when its parent is gone, by ``kill -9`` for instance (Linux only)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _follow(process: subprocess.Popen, log: Path, say: Callable[[str], None]) -> deque[str]:
@@ -94,7 +103,8 @@ def _signal_handler(number: int, handler: Any) -> Iterator[None]:
         signal.signal(number, before)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_suffix('.part')
-    part.write_text(text)
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    part = path.with_name(path.name + '.part')
+    part.write_text(text, encoding='utf-8')
     os.replace(part, path)

@@ -1,0 +1,57 @@
+"""A comparison from its trainings to its report."""
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from ...engine import UserError
+from .comparison import Comparison
+from .contents import Contents, collect
+from .cost_record import measure
+from .in_short import in_short
+from .report import write_report
+from .runs import Tools, train_all
+from .tables import rich_table, summary_table
+
+
+def carry_out(comparison: Comparison, tools: Tools, report: Path, say: Callable[[str], None], *, train: bool = True,
+              measure_costs: bool = True, allow_pickle: bool = False) -> Contents:
+    """Train what isn't trained yet, measure what isn't measured yet, and write the report on all that is there.
+
+    Args:
+        comparison: what to compare.
+        tools: how trainings are started.
+        report: folder for the report.
+        say: gets one line whenever there is progress.
+        train: False leaves trainings as they are.
+        measure_costs: False leaves costs as they are.
+        allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
+
+    Raises:
+        UserError: the baseline's cost can't be measured.
+    """
+    if train:
+        train_all(comparison, tools, say)
+    if measure_costs:
+        measure(comparison, say, allow_pickle)
+    say('writing the report')
+    contents = collect(comparison)
+    write_report(comparison, contents, report)
+    return contents
+
+
+def print_result(contents: Contents, report: Path, console: Console) -> None:
+    """Show the summary in a terminal.
+
+    Raises:
+        UserError: a training or a measurement failed; it names which, and why in a line.
+    """
+    console.print(rich_table(summary_table(contents)))
+    for sentence in in_short(contents):
+        console.print(sentence, markup=False)
+    console.print(f'report: {report / "report.html"}', markup=False)
+    failed = [f'{run.variant}, seed {run.seed}: {run.reason}'
+              for run in contents.runs if run.status == 'failed']
+    failed += [f'cost of {variant.name}: {variant.cost_error}' for variant in contents.variants if variant.cost_error]
+    if failed:
+        raise UserError(f'{len(failed)} failed; start again to try once more: ' + '; '.join(failed))

@@ -1,0 +1,180 @@
+"""COCO average precision of dumped detections, and the matches it is computed from."""
+import json
+import os
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+from mmdet.datasets.api_wrappers import COCO, COCOeval
+
+METRICS = ('bbox', 'segm')
+MAX_DETECTIONS = (100, 300, 1000)  # per image and class; AP is at the first, AP50 and all others at the last
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Average precisions as MMDetection's ``CocoMetric`` defines them, unrounded.
+
+    Args:
+        ap: mean over classes and IoU thresholds 0.5, 0.55, ..., 0.95, from 0 to 1; None without any object.
+        ap50: at IoU threshold 0.5.
+        ap75: at IoU threshold 0.75.
+        ap_small: of objects below 32² pixels; None where there is no such object.
+        ap_medium: of objects from 32² to 96² pixels; None where there is no such object.
+        ap_large: of objects above 96² pixels; None where there is no such object.
+        per_class: AP by class name, None for a class without objects.
+        notes: what a reader of the numbers should know.
+    """
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+    per_class: dict[str, float | None]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """All that COCO AP, of objects of any size and at most 100 detections per image and class, is computed from.
+
+    The D detections are ordered by class, by image and by falling score, the T thresholds are 0.5, 0.55, ..., 0.95.
+
+    Args:
+        image: (D,) index of the detection's image, images being ordered by id.
+        label: (D,) index of its class.
+        score: (D,) its score.
+        hit: (T, D) whether it is matched to an object.
+        ignored: (T, D) whether it counts neither as right nor as wrong (matched to a crowd).
+        objects: (images, classes) number of objects to be found.
+    """
+    image: np.ndarray
+    label: np.ndarray
+    score: np.ndarray
+    hit: np.ndarray
+    ignored: np.ndarray
+    objects: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write a compressed npz file, which appears under its name only when it is complete."""
+        path = Path(path)
+        part = path.with_name(path.name + '.part')
+        with part.open('wb') as file:
+            np.savez_compressed(file, **vars(self))
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> 'Matches':
+        """Read what :meth:`save` has written."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**arrays)
+
+
+def score_detections(annotations: Path, detections: Path, metric: str,
+                     classes: Sequence[str]) -> tuple[Scores, Matches]:
+    """Score detections as MMDetection's ``CocoMetric`` does.
+
+    Args:
+        annotations: COCO json of the images, all of which count.
+        detections: json list that ``CocoMetric(format_only=True, outfile_prefix=...)`` writes: entries with
+            ``image_id``, ``category_id``, ``score`` and, in pixels, ``bbox`` (x, y, width, height) or ``segmentation``.
+        metric: 'bbox' or 'segm'.
+        classes: names of the classes to score; others are left out.
+
+    Returns:
+        The average precisions, and the matches behind AP.
+
+    Raises:
+        ValueError: for another metric, a class or an image that the annotations don't have, or detections without
+            masks where the metric is 'segm'.
+    """
+    if metric not in METRICS:
+        raise ValueError(f'metric must be one of {METRICS}, got {metric!r}')
+    with redirect_stdout(StringIO()):  # pycocotools prints
+        coco = COCO(str(annotations))
+        categories = _category_ids(coco, classes)
+        entries, notes = _read_detections(Path(detections), metric, set(coco.get_img_ids()))
+        evaluation = _evaluate(coco, entries, metric, list(categories.values()))
+    return _scores(evaluation, categories, notes), _matches(evaluation, categories)
+
+
+def _category_ids(coco: COCO, classes: Sequence[str]) -> dict[str, int]:
+    known = {category['name']: category['id'] for category in coco.dataset['categories']}
+    missing = [name for name in classes if name not in known]
+    if missing:
+        raise ValueError(f'classes {missing} are not among the categories of the annotations, which are {list(known)}')
+    return {name: known[name] for name in classes}
+
+
+def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[dict], tuple[str, ...]]:
+    """The entries that can be scored, and notes about the others.
+
+    A box that is not a number would be matched to any object: its IoU is below no threshold.
+    """
+    entries = json.loads(path.read_text())
+    strangers = {entry['image_id'] for entry in entries} - images
+    if strangers:
+        raise ValueError(f'{path} has detections on images that the annotations do not have, such as image_id '
+                         f'{min(strangers)}; dump them again on the images of the annotations')
+    if metric == 'segm':
+        if not all('segmentation' in entry for entry in entries):
+            raise ValueError(f"metric 'segm' needs detections with a segmentation, {path} has some without; "
+                             "give the file that ends in .segm.json, or use the metric 'bbox'")
+        for entry in entries:
+            entry.pop('bbox', None)  # else the box's area counts as the object's size
+    finite = [entry for entry in entries if all(map(isfinite, (entry['score'], *entry.get('bbox', ()))))]
+    notes = []
+    if len(finite) < len(entries):
+        notes.append(f'{len(entries) - len(finite)} of {len(entries)} detections left out: '
+                     'their score or box is not finite')
+    if not finite:
+        notes.append('no detections: all AP are 0')
+    return finite, tuple(notes)
+
+
+def _evaluate(coco: COCO, entries: list[dict], metric: str, categories: list[int]) -> COCOeval:
+    evaluation = COCOeval(coco, coco.loadRes(entries) if entries else _nothing_found(coco), metric)
+    evaluation.params.catIds = categories
+    evaluation.params.imgIds = coco.get_img_ids()
+    evaluation.params.maxDets = list(MAX_DETECTIONS)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation
+
+
+def _nothing_found(coco: COCO) -> COCO:
+    found = COCO()
+    found.dataset = dict(images=coco.dataset['images'], categories=coco.dataset['categories'], annotations=[])
+    found.createIndex()
+    return found
+
+
+def _scores(evaluation: COCOeval, categories: dict[str, int], notes: tuple[str, ...]) -> Scores:
+    per_class = {}
+    for name, category in categories.items():
+        precision = evaluation.eval['precision'][:, :, evaluation.params.catIds.index(category), 0, -1]
+        per_class[name] = None if precision.max() < 0 else float(precision[precision > -1].mean())
+    return Scores(*(None if value < 0 else float(value) for value in evaluation.stats[:6]), per_class, notes)
+
+
+def _matches(evaluation: COCOeval, categories: dict[str, int]) -> Matches:
+    params, limit = evaluation.params, MAX_DETECTIONS[0]
+    images, thresholds = len(params.imgIds), len(params.iouThrs)
+    objects = np.zeros((images, len(categories)), dtype=np.int64)
+    found = [(np.zeros(0, dtype=np.int64),) * 2 + (np.zeros(0),) + (np.zeros((thresholds, 0), dtype=bool),) * 2]
+    for label, category in enumerate(categories.values()):
+        first = params.catIds.index(category) * len(params.areaRng) * images  # objects of any size come first
+        for image, result in enumerate(evaluation.evalImgs[first:first + images]):
+            if result is None:
+                continue
+            objects[image, label] = np.count_nonzero(result['gtIgnore'] == 0)
+            score = np.array(result['dtScores'][:limit], dtype=float)
+            found.append((np.full(len(score), image), np.full(len(score), label), score,
+                          result['dtMatches'][:, :limit] != 0, result['dtIgnore'][:, :limit].astype(bool)))
+    return Matches(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)), objects)

@@ -1,0 +1,309 @@
+"""What is compared: a baseline and its variants, each a resolved config, in one folder that belongs to them."""
+import argparse
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmdet.registry import DATASETS
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import init_default_scope
+
+from ...engine import UserError, add_rl_defaults_, build_model, check_training, load_config
+from ...engine.config import uses_replacement
+from ..training_run import write_atomically
+from .coco_scores import METRICS
+
+FORMAT = 'rl_mmdet.comparison/1'
+OF_NO_MATTER = ('pipeline', 'backend_args', 'palette', 'lazy_init', 'serialize_data')
+"""Settings of a val set in which variants may differ."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the detectors that are compared.
+
+    Args:
+        name: how it is called everywhere.
+        source: the config file it comes from.
+        options: what was changed in that file, by dotted key.
+    """
+    name: str
+    source: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a variant; all that it leaves lies in ``folder``."""
+    variant: str
+    seed: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f'{self.variant}, seed {self.seed}'
+
+
+class Comparison:
+    """The folder of a comparison.
+
+    It has ``comparison.json`` (variants, number of seeds, classes, commands), ``configs/`` (each variant's resolved
+    config), and ``runs/<variant>/seed_<n>/``.
+
+    Args:
+        folder: an existing comparison's.
+
+    Raises:
+        UserError: there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        content = _read_record(folder)
+        if content is None:
+            raise UserError(f'--work-dir {folder}: there is no comparison in it (no comparison.json)')
+        self.variants = [Variant(**each) for each in content['variants']]
+        self.seeds: int = content['seeds']
+        self.commands: list[str] = content['commands']
+        self.classes: list[str] = content['classes']
+
+    @property
+    def baseline(self) -> str:
+        return self.variants[0].name
+
+    def config_file(self, variant: str) -> Path:
+        return _config_file(self.folder, variant)
+
+    def config(self, variant: str) -> Config:
+        """The variant's config with the defaults that tools/train.py adds."""
+        return add_rl_defaults_(load_config(str(self.config_file(variant)), work_dir=str(self.folder)))
+
+    def runs(self) -> list[Run]:
+        """Every training there is to be, all variants with one seed before the next seed."""
+        return [Run(variant.name, seed, self.folder / 'runs' / variant.name / f'seed_{seed}')
+                for seed in range(self.seeds) for variant in self.variants]
+
+    def metrics(self) -> list[str]:
+        """``'bbox'``, ``'segm'`` or both."""
+        return _metrics(self.config(self.baseline))
+
+    def annotations(self) -> Path:
+        """The val set's annotation file."""
+        return Path(_coco_evaluator(self.config(self.baseline))['ann_file'])
+
+
+def plan_comparison(folder: Path, configs: Sequence[str],
+                    variants: Mapping[str, Mapping[str, Any]] | None = None, seeds: int = 3,
+                    options: Mapping[str, Any] | None = None, allow_pickle: bool = False,
+                    command: str = '') -> Comparison:
+    """Check everything, then make the folder of a comparison, or add to the one that is there.
+
+    Args:
+        folder: where everything is written. If it has a comparison with the same baseline, its variants and
+            seeds stay, and what is new is added.
+        configs: config files, the baseline's first. Each is called like its file, or otherwise with ``NAME=FILE``.
+        variants: variants by name, each as changes of the baseline's config by dotted key.
+        seeds: trainings of each variant, with the seeds 0, 1, ...
+        options: changes of all configs.
+        allow_pickle: see :func:`rl_mmdet.engine.check_training`.
+        command: what the user typed, to be kept for the report.
+
+    Raises:
+        UserError: nothing to compare, a name given twice, a config that can't be trained or whose val set or
+            metric differs from the baseline's, or a folder with something else in it.
+    """
+    if not configs:
+        raise UserError('no config file is given: the baseline\'s comes first')
+    if seeds < 1:
+        raise UserError(f'--seeds must be at least 1, got {seeds}')
+    found = _resolve(configs, variants or {}, dict(options or {}))
+    first, *others = found
+    if not others:
+        raise UserError('there is nothing to compare with the baseline: give config files of variants or --variant')
+    record = _read_record(folder)
+    _check_folder(folder, record, found)
+    _check_evaluation(found[first][1])
+    for name in others:
+        _check_same_question(found[first][1], found[name][1], name)
+    for check in (build_model, partial(check_training, allow_pickle=allow_pickle)):  # the second makes the folder
+        for variant, cfg in found.values():
+            try:
+                check(copy.deepcopy(cfg))  # building a model changes its config
+            except UserError as error:
+                raise UserError(f'{variant.name}: {error}') from error
+    before = record['variants'] if record else []
+    names = [each['name'] for each in before]
+    new = [variant for variant, _ in found.values() if variant.name not in names]
+    for variant, cfg in found.values():
+        path = _config_file(folder, variant.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, _text(cfg))
+    commands = record['commands'] if record else []
+    content = dict(format=FORMAT, classes=_classes(found[first][1]), seeds=max(seeds, record['seeds'] if record else 0),
+                   variants=before + [vars(variant) for variant in new],
+                   commands=commands + ([command] if command and command not in commands else []))
+    write_atomically(folder / 'comparison.json', json.dumps(content, indent=2))
+    return Comparison(folder)
+
+
+def parse_variants(given: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """The values of ``--variant NAME KEY=VALUE ...`` by name, each read as ``--cfg-options`` is.
+
+    Raises:
+        UserError: a name given twice, or something that isn't KEY=VALUE.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    reader = argparse.ArgumentParser()
+    reader.add_argument('--cfg-options', nargs='*', action=DictAction, default={})
+    for name, *changes in given:
+        wrong = [change for change in changes if not re.match(r'[\w.]+=', change)]
+        if wrong or '=' in name:
+            raise UserError(f'--variant NAME KEY=VALUE ...: got {wrong[0] if wrong else name!r}')
+        if name in found:
+            raise UserError(f'--variant {name} is there twice')
+        found[name] = reader.parse_args(['--cfg-options', *changes]).cfg_options if changes else {}
+    return found
+
+
+def _resolve(configs: Sequence[str], variants: Mapping[str, Mapping[str, Any]],
+             options: dict[str, Any]) -> dict[str, tuple[Variant, Config]]:
+    """Each variant's config by name, the baseline's first."""
+    named = [_name_and_file(given) for given in configs]
+    asked = [Variant(name, file, options) for name, file in named]
+    asked += [Variant(name, named[0][1], options | dict(changes)) for name, changes in variants.items()]
+    found: dict[str, tuple[Variant, Config]] = {}
+    for variant in asked:
+        if not re.fullmatch(r'\w[\w.+=, -]*', variant.name):
+            raise UserError(f'{variant.name!r} can\'t be the name of a variant: it names a folder, so it has letters, '
+                            'digits and any of "_.+=,- " only')
+        if variant.name in found:
+            raise UserError(f'{variant.name} is there twice; every config file and --variant needs a name of its own')
+        try:
+            cfg = load_config(variant.source, variant.options)
+        except UserError as error:
+            raise UserError(f'{variant.name}: {error}') from error
+        if uses_replacement(cfg):
+            _import_rl_mmdet_(cfg)
+        found[variant.name] = variant, cfg
+    return found
+
+
+def _name_and_file(given: str) -> tuple[str, str]:
+    """Of ``FILE`` or ``NAME=FILE``."""
+    name, sign, file = given.partition('=')
+    return (name, file) if sign and '/' not in name else (Path(given).stem, given)
+
+
+def _import_rl_mmdet_(cfg: Config) -> None:
+    """MMDetection's own tools shall be able to read the config, too."""
+    imports = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
+    names = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
+    if 'rl_mmdet' not in names:
+        cfg.custom_imports = ConfigDict(imports, imports=[*names, 'rl_mmdet'])
+
+
+def _check_folder(folder: Path, record: dict[str, Any] | None, found: dict[str, tuple[Variant, Config]]) -> None:
+    if record is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f'--work-dir {folder}: it has files in it that no comparison made; give another folder')
+    else:
+        first = record['variants'][0]['name']
+        if first != next(iter(found)):
+            raise UserError(f'--work-dir {folder}: it has the comparison of another baseline, {first}; give another '
+                            'folder')
+        for variant, cfg in found.values():
+            path = _config_file(folder, variant.name)
+            before = Config.fromfile(str(path)) if path.is_file() else Config()
+            now = Config.fromstring(_text(cfg), '.py') if path.is_file() else Config()
+            for key, old, new in _differences(before.to_dict(), now.to_dict()):
+                raise UserError(f'--work-dir {folder}: {variant.name} was begun there with {key}={old!r}, now it is '
+                                f'{new!r}; give another folder')
+    for _, cfg in found.values():
+        cfg.work_dir = str(folder)
+
+
+def _check_evaluation(cfg: Config) -> None:
+    """The baseline's evaluation is one that can be compared."""
+    evaluator = _coco_evaluator(cfg)
+    if not evaluator.get('ann_file'):
+        raise UserError('val_evaluator.ann_file is missing: detections are compared against a COCO annotation file')
+    if not _metrics(cfg):
+        raise UserError(f'val_evaluator.metric is {evaluator.get("metric")!r}; what can be compared: '
+                        f'{", ".join(METRICS)}')
+    if evaluator.get('iou_thrs') is not None:
+        raise UserError('val_evaluator.iou_thrs: COCO AP is compared, over the thresholds 0.5 to 0.95; leave it out')
+
+
+def _check_same_question(base: Config, other: Config, name: str) -> None:
+    """Both are evaluated on the same images, by the same metric."""
+    for title, part in (('val set', lambda cfg: dict(cfg.val_dataloader.dataset)),
+                        ('metric', lambda cfg: dict(_coco_evaluator(cfg)))):
+        for key, own, others in _differences(part(base), part(other), OF_NO_MATTER):
+            raise UserError(f'{name} has another {title} than the baseline, so their AP can\'t be compared: {key} is '
+                            f'{others!r}, the baseline\'s {own!r}')
+
+
+def _classes(cfg: Config) -> list[str]:
+    """The val set's class names."""
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
+    return list(DATASETS.build(dict(cfg.val_dataloader.dataset, lazy_init=True)).metainfo['classes'])
+
+
+def _coco_evaluator(cfg: Config) -> ConfigDict:
+    if cfg.get('val_dataloader') is None or cfg.get('val_evaluator') is None:
+        raise UserError('val_dataloader and val_evaluator are needed: without a val set there is no AP to compare')
+    evaluators = cfg.val_evaluator if isinstance(cfg.val_evaluator, (list, tuple)) else [cfg.val_evaluator]
+    found = [each for each in evaluators if each.get('type') in ('CocoMetric', 'mmdet.CocoMetric')]
+    if not found:
+        raise UserError(f'val_evaluator must be a CocoMetric, got {", ".join(str(e.get("type")) for e in evaluators)}')
+    return found[0]
+
+
+def _metrics(cfg: Config) -> list[str]:
+    metric = _coco_evaluator(cfg).get('metric', 'bbox')
+    return [each for each in METRICS if each in ([metric] if isinstance(metric, str) else metric)]
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any],
+                 ignore: Sequence[str] = ()) -> Iterator[tuple[str, Any, Any]]:
+    """Every setting in which two configs differ, by dotted key, with both values."""
+    first, second = dict(_flat(one, ignore)), dict(_flat(other, ignore))
+    for key in dict.fromkeys([*first, *second]):
+        if first.get(key) != second.get(key):
+            yield key, first.get(key), second.get(key)
+
+
+def _flat(node: Any, ignore: Sequence[str], key: str = '') -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if name not in ignore:
+                yield from _flat(value, ignore, f'{key}.{name}' if key else name)
+    else:
+        yield key, list(node) if isinstance(node, tuple) else node
+
+
+def _text(cfg: Config) -> str:
+    """The config as a file, without what belongs to one run."""
+    own = Config({key: value for key, value in cfg.to_dict().items() if key not in ('work_dir', 'launcher')})
+    return own.pretty_text
+
+
+def _config_file(folder: Path, variant: str) -> Path:
+    return folder / 'configs' / f'{variant}.py'
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    path = folder / 'comparison.json'
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: can\'t be read ({error})') from error
+    if not isinstance(content, dict) or content.get('format') != FORMAT:
+        raise UserError(f'{path}: not the record of a comparison that this version can read ({FORMAT})')
+    return content

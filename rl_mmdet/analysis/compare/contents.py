@@ -1,0 +1,173 @@
+"""What a report holds: everything that a comparison found, read from its folder, as it goes into report.json."""
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..training_run import TrainingCost
+from .coco_scores import Scores
+from .comparison import Comparison, Run
+from .cost_record import environment, read_costs
+from .costs import Cost
+from .differences import Difference, Spread, difference, spread
+from .runs import checkpoint_of, matches_of, scores_of
+from .training_log import TrainingLog, read_training_log
+
+FORMAT = 'rl_mmdet.report/1'
+FIELDS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One training.
+
+    Args:
+        variant, seed: which.
+        status: ``'finished'``, ``'failed'`` or ``'unfinished'``.
+        error: why it failed.
+        scores: by metric, if it is finished.
+        training: seconds, resident set and whether the training came to its end.
+        log: curves of the training, its share of waiting for data, and the GPU memory it took.
+        folder: below the comparison's folder.
+        checkpoint: the last one's file name.
+    """
+    variant: str
+    seed: int
+    status: str
+    error: str | None
+    scores: dict[str, Scores]
+    training: TrainingCost
+    log: TrainingLog
+    folder: str
+    checkpoint: str | None
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in a line: the last one of what the training wrote."""
+        return self.error.splitlines()[-1] if self.error else ''
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """A variant over all its seeds.
+
+    Args:
+        name, source, options: see :class:`~.comparison.Variant`.
+        scores: for each metric, each of ``FIELDS`` over the finished seeds; None where it isn't defined.
+        per_class: for each metric, each class's mean AP; None for a class without objects.
+        difference: for each metric, AP less the baseline's; empty for the baseline and without scores.
+        cost: what a step and a prediction cost; None if that wasn't measured.
+        cost_error: why it couldn't be measured.
+    """
+    name: str
+    source: str
+    options: dict[str, Any]
+    scores: dict[str, dict[str, Spread | None]] = field(default_factory=dict)
+    per_class: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    difference: dict[str, Difference] = field(default_factory=dict)
+    cost: Cost | None = None
+    cost_error: str | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All of a report.
+
+    Args:
+        commands: the calls that made the comparison.
+        environment: the device that costs were measured on, and versions.
+        images, objects: size of the val set; None before the first run is finished.
+        classes: their names.
+        metrics: ``'bbox'``, ``'segm'`` or both.
+        seeds: how many trainings of each variant there are to be.
+        variants: the baseline first.
+        runs: all trainings.
+        format: of this record.
+    """
+    commands: list[str]
+    environment: dict[str, str]
+    images: int | None
+    objects: int | None
+    classes: list[str]
+    metrics: list[str]
+    seeds: int
+    variants: list[VariantResult]
+    runs: list[RunResult]
+    format: str = FORMAT
+
+    @property
+    def baseline(self) -> VariantResult:
+        return self.variants[0]
+
+    def runs_of(self, variant: str) -> list[RunResult]:
+        return [run for run in self.runs if run.variant == variant]
+
+    def save(self, path: Path) -> None:
+        """Write report.json; docs/compare.md describes it."""
+        path.write_text(json.dumps(_plain(asdict(self)), indent=1, allow_nan=False), encoding='utf-8')
+
+
+def collect(comparison: Comparison) -> Contents:
+    """Read all that a comparison has found so far; nothing is written."""
+    record = read_costs(comparison.folder)
+    runs = {run: _run_result(comparison, run) for run in comparison.runs()}
+    metrics = comparison.metrics()
+    variants = [_variant_result(comparison, runs, each, metrics, record.costs.get(each.name))
+                for each in comparison.variants]
+    finished = [run for run, result in runs.items() if result.status == 'finished']
+    objects = matches_of(finished[0], metrics[0]).objects if finished else None
+    return Contents(
+        commands=comparison.commands, environment=record.environment or environment(),
+        images=None if objects is None else len(objects), objects=None if objects is None else int(objects.sum()),
+        classes=comparison.classes, metrics=metrics, seeds=comparison.seeds, variants=variants,
+        runs=list(runs.values()))
+
+
+def _run_result(comparison: Comparison, run: Run) -> RunResult:
+    scores = scores_of(run)
+    complaint, record = run.folder / 'error.txt', run.folder / 'cost.json'
+    error = complaint.read_text(encoding='utf-8').strip() if complaint.is_file() else None
+    training = TrainingCost(**json.loads(record.read_text())) if record.is_file() else TrainingCost()
+    checkpoint = checkpoint_of(run)
+    return RunResult(
+        run.variant, run.seed, 'finished' if scores else 'failed' if error else 'unfinished', error, scores or {},
+        training, read_training_log(run.folder), str(run.folder.relative_to(comparison.folder)),
+        checkpoint and checkpoint.name)
+
+
+def _variant_result(comparison: Comparison, runs: dict[Run, RunResult], variant: Any, metrics: list[str],
+                    cost: Cost | str | None) -> VariantResult:
+    own, reference = ({run: result for run, result in runs.items()
+                       if run.variant == name and result.status == 'finished'}
+                      for name in (variant.name, comparison.baseline))
+    found = VariantResult(variant.name, variant.source, variant.options, cost=None if isinstance(cost, str) else cost,
+                          cost_error=cost if isinstance(cost, str) else None)
+    for metric in metrics if own else ():
+        scores = [result.scores[metric] for result in own.values()]
+        found.scores[metric] = {name: _spread_of(scores, name) for name in FIELDS}
+        found.per_class[metric] = {name: _mean([each.per_class[name] for each in scores])
+                                   for name in scores[0].per_class}
+        if variant.name != comparison.baseline and reference and found.scores[metric]['ap'] is not None:
+            found.difference[metric] = difference(
+                _spread_of([result.scores[metric] for result in reference.values()], 'ap'), found.scores[metric]['ap'],
+                [matches_of(run, metric) for run in reference], [matches_of(run, metric) for run in own])
+    return found
+
+
+def _spread_of(scores: list[Scores], name: str) -> Spread | None:
+    values = [getattr(each, name) for each in scores]
+    return None if None in values else spread(values)
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON, which has no numbers that aren't finite."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else sum(values) / len(values)

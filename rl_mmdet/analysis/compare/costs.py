@@ -1,0 +1,201 @@
+"""What training steps and predictions of whole detectors cost, each detector measured beside the baseline."""
+import gc
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
+
+from ...engine import UserError
+from ..step_time import ratios_to, seconds_in_turn
+from ..zoo.reasons import short_reason
+from .subject import Loaders, Subject
+
+Say = Callable[[str], None]
+TURN, MOST = 0.5, 10
+"""Seconds that a turn should last, and most calls in one."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one detector costs.
+
+    Seconds are wall-clock time. Each variant takes turns with the baseline, so variants compare by their ratios, not
+    by their seconds; the baseline's lists hold its rounds beside one variant after the other.
+
+    Args:
+        parameters: number of all parameters.
+        trainable: number of those that learn.
+        optimizer_bytes: bytes of all tensors in the optimizer's state after one step.
+        forward_flops: FLOPs of the forward pass and the loss of one training batch, by
+            :func:`~rl_mmdet.analysis.count_flops`; mmcv's own kernels (RoIAlign, deformable convolutions) aren't
+            counted.
+        step_flops: FLOPs of a whole training step: forward, backward, and the optimizer's products of matrices, if any.
+        saved_bytes: bytes that the forward pass keeps for backward, parameters and buffers apart; of what runs under
+            activation checkpoints (``with_cp``) these are the inputs.
+        peak_bytes: bytes that a training step allocates at its peak beyond the model, the optimizer's state and the
+            batch as it was loaded; the gradients are among them.
+        peak_of: whose record ``peak_bytes`` is from.
+        step_seconds: seconds per training step in each round.
+        step_ratios: these over the baseline's of the same round; the baseline's are all 1.
+        latency_seconds, latency_ratios: the same of the prediction for one image by the model as trained.
+        plain_latency_seconds, plain_latency_ratios: the same by the materialized model, over the seconds of the
+            baseline as trained. Where there is nothing to materialize, they are those of the model as trained.
+        batch: images per training step.
+        image_size: height and width of the padded training batch in pixels.
+    """
+    parameters: int
+    trainable: int
+    optimizer_bytes: int
+    forward_flops: int
+    step_flops: int
+    saved_bytes: int
+    peak_bytes: int
+    peak_of: str
+    step_seconds: list[float]
+    step_ratios: list[float]
+    latency_seconds: list[float]
+    latency_ratios: list[float]
+    plain_latency_seconds: list[float]
+    plain_latency_ratios: list[float]
+    batch: int
+    image_size: tuple[int, int]
+
+
+def measure_costs(cfgs: Mapping[str, Config], checkpoints: Mapping[str, Path | None], rounds: int = 7, *, say: Say,
+                  allow_pickle: bool = False) -> dict[str, Cost | str]:
+    """Measure detectors on one real batch each, on a GPU if there is one.
+
+    What is measured is ``train_step`` with the config's own optimizer at a learning rate of 0, the same work at every
+    step, and ``test_step`` on the first validation image. Hooks, ``compile`` and cuDNN's benchmark mode are left out,
+    and gradients aren't accumulated: ``accumulative_counts`` is 1. Without a GPU there is no mixed precision, so an
+    ``AmpOptimWrapper`` is measured as an ``OptimWrapper``. Without a checkpoint the weights are random, and the time
+    of a prediction is that of a detector which finds little or too much.
+
+    The baseline and one variant are in memory at a time, and while predictions are timed their materialized copies.
+    Nothing is written, but by datasets that make their own files; random states are left as they were.
+
+    Args:
+        cfgs: full configs by name, the baseline's first.
+        checkpoints: weights to load by the same names; None, or no entry, for random ones.
+        rounds: how often baseline and variant take their turns.
+        say: gets one line whenever there is progress.
+        allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
+
+    Returns:
+        The cost by name; for a variant that can't be measured, why not, in one line.
+
+    Raises:
+        UserError: the baseline can't be measured.
+    """
+    first, *others = cfgs
+    loaders = Loaders()
+
+    def count(name: str) -> tuple[Subject, dict[str, Any]]:
+        say(f'{name}: building it and counting what a training step does')
+        subject = Subject(cfgs[name], checkpoints.get(name), loaders, allow_pickle)
+        for note in subject.notes:
+            say(f'{name}: {note}')
+        return subject, subject.counts()
+
+    found: dict[str, Cost | str] = {}
+    with _left_as_it_was():
+        with _needed(first):
+            baseline, counts = count(first)
+        turns: list[_Times] = []
+        for name in others:
+            try:
+                found[name], times = _measure_beside(baseline, name, count, rounds, say)
+                turns.append(times)
+            except Exception as error:  # models raise whatever they like
+                found[name] = short_reason(error)
+                say(f'{name}: can\'t be measured: {found[name]}')
+            baseline.optim.zero_grad()  # if it was in the middle of a step
+            _clear()
+        if not turns:
+            with _needed(first):
+                turns = _take_turns([baseline], rounds)
+        return {first: Cost(**counts, **_joined(turns))} | found
+
+
+def _measure_beside(baseline: Subject, name: str, count: Callable, rounds: int, say: Say) -> tuple[Cost, '_Times']:
+    """A variant's cost, and the baseline's times meanwhile."""
+    variant, counts = count(name)
+    say(f'{name}: timing training steps and predictions, in turn with the baseline\'s')
+    times_of_baseline, times = _take_turns([baseline, variant], rounds)
+    return Cost(**counts, **times), times_of_baseline
+
+
+_Times = dict[str, list[float]]
+"""By the fields of :class:`Cost`."""
+
+
+def _take_turns(subjects: list[Subject], rounds: int) -> list[_Times]:
+    """Time one or two detectors, the baseline first."""
+    for subject in subjects:
+        subject.model.train()
+    steps = _in_turn({index: subject.step for index, subject in enumerate(subjects)}, rounds)
+    step_ratios = ratios_to(steps, 0)
+    predictors = {(index, kind): partial(subject.predict, model) for index, subject in enumerate(subjects)
+                  for kind, model in enumerate(subject.predictors())}
+    latencies = _in_turn(predictors, rounds)
+    ratios = ratios_to(latencies, (0, 0))
+    found = []
+    for index in range(len(subjects)):
+        trained = index, 0
+        plain = (index, 1) if (index, 1) in latencies else trained
+        found.append(dict(step_seconds=steps[index], step_ratios=step_ratios[index],
+                          latency_seconds=latencies[trained], latency_ratios=ratios[trained],
+                          plain_latency_seconds=latencies[plain], plain_latency_ratios=ratios[plain]))
+    return found
+
+
+def _in_turn(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds per call in each round; short calls are made several times a turn."""
+    seconds = max(min(taken) for taken in seconds_in_turn(calls, rounds=1, per_round=1).values())
+    return seconds_in_turn(calls, rounds, per_round=max(1, min(MOST, round(TURN / seconds))))
+
+
+def _joined(times: list[_Times]) -> _Times:
+    """The rounds of several measurements, one after the other."""
+    return {name: [value for each in times for value in each[name]] for name in times[0]}
+
+
+@contextmanager
+def _needed(name: str) -> Iterator[None]:
+    """Without this there is nothing to compare with."""
+    try:
+        yield
+    except Exception as error:  # models raise whatever they like
+        raise UserError(f'{name} can\'t be measured: {short_reason(error)}') from error
+
+
+@contextmanager
+def _left_as_it_was() -> Iterator[None]:
+    """Random states and memory; MMEngine's messages, which some models ask how far training is, and its logger."""
+    python, numpy = random.getstate(), np.random.get_state()
+    for progress in ('iter', 'epoch'):
+        MessageHub.get_instance(__name__).update_info(progress, 0)
+    MMLogger.get_instance(__name__, log_level='ERROR')  # else there is a line for every initialised weight
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for shared in (MessageHub, MMLogger):
+            del shared._instance_dict[__name__]
+        _clear()
+
+
+def _clear() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

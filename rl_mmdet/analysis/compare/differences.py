@@ -1,0 +1,99 @@
+"""Whether a variant's AP differs from the baseline's: what the val images and the seeds leave open."""
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from .bootstrap import Interval, paired_bootstrap
+from .coco_scores import Matches
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the seeds.
+
+    Args:
+        mean: arithmetic mean.
+        deviation: standard deviation of single trainings (n - 1 in the denominator); None with one seed.
+        values: one for each seed.
+    """
+    mean: float
+    deviation: float | None
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variant's AP less the baseline's.
+
+    Args:
+        mean: of the seeds' means.
+        images: paired bootstrap over the val images; None with one seed on a side.
+        low, high: interval for what further seeds would give (Welch's t); None with one seed on a side.
+        verdict: ``'better'`` or ``'worse'`` if both intervals are on that side of 0, else ``'open'``; None with one
+            seed on a side.
+    """
+    mean: float
+    images: Interval | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str | None = None
+
+    @property
+    def widest(self) -> tuple[float, float]:
+        """From the lower of both lower ends to the higher of both higher ends."""
+        return min(self.low, self.images.low), max(self.high, self.images.high)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The figure's mean and standard deviation.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    if not values:
+        raise ValueError('no values to average')
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, list(values))
+
+
+def difference(reference: Spread, other: Spread, reference_matches: Sequence[Matches],
+               other_matches: Sequence[Matches]) -> Difference:
+    """Compare the AP of two detectors, each trained with several seeds.
+
+    Args:
+        reference, other: their AP.
+        reference_matches, other_matches: what these were computed from, one for each seed.
+    """
+    mean = other.mean - reference.mean
+    if min(len(reference.values), len(other.values)) < 2:
+        return Difference(mean)
+    images = paired_bootstrap(reference_matches, other_matches, level=LEVEL)
+    low, high = welch_interval(reference, other)
+    verdict = 'better' if min(low, images.low) > 0 else 'worse' if max(high, images.high) < 0 else 'open'
+    return Difference(mean, images, low, high, verdict)
+
+
+def welch_interval(reference: Spread, other: Spread, level: float = LEVEL) -> tuple[float, float]:
+    r"""Confidence interval for a difference of two means without the assumption of equal variances.
+
+    .. math:: \bar y - \bar x \pm t_ν \sqrt{s_x^2/n_x + s_y^2/n_y}
+
+    with the Welch-Satterthwaite number of degrees of freedom ν (Welch 1947). Where neither side varies it is the
+    difference itself.
+
+    Args:
+        reference, other: with at least two values each.
+        level: share of such intervals that should hold the true difference.
+    """
+    mean = other.mean - reference.mean
+    errors = [side.deviation ** 2 / len(side.values) for side in (reference, other)]
+    if sum(errors) == 0:
+        return mean, mean
+    freedom = sum(errors) ** 2 / sum(error ** 2 / (len(side.values) - 1)
+                                     for error, side in zip(errors, (reference, other), strict=True))
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(sum(errors))
+    return mean - half, mean + half

@@ -1,0 +1,210 @@
+"""The trainings of a comparison, one after the other: trained, run on the val set, scored."""
+import contextlib
+import fcntl
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ...engine import UserError
+from ..training_run import run_training, write_atomically
+from .coco_scores import Matches, Scores, score_detections
+from .comparison import Comparison, Run
+
+ETA = re.compile(r'eta: (?:(\d+) days?, )?(\d+):(\d\d):(\d\d)')
+QUIET = 15.
+"""Seconds between two lines on the progress of one training."""
+LAUNCHERS = ('none', 'pytorch')
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """How trainings are started.
+
+    Args:
+        folder: where train.py and test.py are.
+        launcher: ``'none'``, or ``'pytorch'``: torchrun on this machine.
+        processes: how many torchrun starts; None for one on each GPU.
+
+    Raises:
+        UserError: ``processes`` without torchrun, or below 1.
+    """
+    folder: Path
+    launcher: str = 'none'
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes is not None and (self.launcher == 'none' or self.processes < 1):
+            raise UserError(f'--processes {self.processes}: must be at least 1, and goes with --launcher pytorch')
+
+    def command(self, tool: str, *arguments: object) -> list[str]:
+        """Arguments for this Python."""
+        start = [str(self.folder / f'{tool}.py'), *map(str, arguments)]
+        if self.launcher == 'none':
+            return start
+        count = self.processes or max(1, torch.cuda.device_count())
+        return ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={count}', *start,
+                '--launcher', self.launcher]
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep the folder of a comparison for this process.
+
+    Raises:
+        UserError: another process works in it.
+    """
+    with (folder / '.lock').open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f'--work-dir {folder}: another comparison is at work in it; wait for its end') from None
+        yield
+
+
+def train_all(comparison: Comparison, tools: Tools, say: Say) -> list[Run]:
+    """Train and score every run that isn't finished yet. A run that fails is reported, and the others go on.
+
+    Args:
+        comparison: which runs.
+        tools: how to start them.
+        say: gets one line whenever there is progress.
+
+    Returns:
+        The runs that failed; ``error.txt`` in their folders says why.
+    """
+    runs = comparison.runs()
+    progress = _Progress(runs, say)
+    failed = []
+    for run in runs:
+        if scores_of(run) is not None:
+            progress.done(run, 'finished before')
+            continue
+        complaint = run.folder / 'error.txt'
+        complaint.unlink(missing_ok=True)
+        try:
+            _finish(comparison, run, tools, progress)
+        except UserError as error:
+            write_atomically(complaint, f'{error}\n')
+            failed.append(run)
+            progress.done(run, f'FAILED, the others go on: {str(error).splitlines()[-1]}')
+    return failed
+
+
+def scores_of(run: Run) -> dict[str, Scores] | None:
+    """The run's scores by metric, None as long as it isn't finished."""
+    path = run.folder / 'scores.json'
+    if not path.is_file():
+        return None
+    return {metric: Scores(**scores | dict(notes=tuple(scores['notes'])))
+            for metric, scores in json.loads(path.read_text()).items()}
+
+
+def matches_of(run: Run, metric: str) -> Matches:
+    """What the run's AP is computed from."""
+    return Matches.load(run.folder / f'matches_{metric}.npz')
+
+
+def checkpoint_of(run: Run) -> Path | None:
+    """The last checkpoint, if there is one."""
+    marker = run.folder / 'last_checkpoint'
+    return Path(marker.read_text().strip()) if marker.is_file() else None
+
+
+def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress') -> None:
+    """Do what is left to do of one run."""
+    config = comparison.config_file(run.variant)
+    progress.begin(run)
+    run_training(tools.command('train', config, '--work-dir', run.folder, '--resume', '--cfg-options',
+                               f'randomness.seed={run.seed}'), run.folder, progress.line)
+    checkpoint = checkpoint_of(run)
+    if checkpoint is None:
+        raise UserError(f'{run.folder}: the training left no checkpoint; delete the folder and start again')
+    progress.phase('running the last checkpoint on the val set')
+    evaluation = run.folder / 'evaluation'
+    evaluation.mkdir(exist_ok=True)
+    write_atomically(evaluation / 'config.py', _val_config(comparison, run).pretty_text)
+    run_training(tools.command('test', evaluation / 'config.py', checkpoint, '--work-dir', evaluation),
+                 evaluation, progress.line)
+    progress.phase('scoring its detections')
+    scores = {}
+    for metric in comparison.metrics():
+        scores[metric], matches = score_detections(comparison.annotations(), run.folder / f'detections.{metric}.json',
+                                                   metric, comparison.classes)
+        matches.save(run.folder / f'matches_{metric}.npz')
+    write_atomically(run.folder / 'scores.json', json.dumps({m: asdict(s) for m, s in scores.items()}, indent=2))
+    text = ', '.join(f'{metric} AP {each.ap:.3f}' for metric, each in scores.items())
+    progress.done(run, text)
+
+
+def _val_config(comparison: Comparison, run: Run):
+    """The variant's config, testing on the val set, with detections written instead of evaluated."""
+    cfg = comparison.config(run.variant)
+    cfg.test_dataloader = cfg.val_dataloader
+    cfg.test_cfg = cfg.get('val_cfg') or dict(type='TestLoop')
+    cfg.test_cfg.type = 'TestLoop'
+    cfg.test_evaluator = dict(type='CocoMetric', ann_file=str(comparison.annotations()), metric=comparison.metrics(),
+                              format_only=True, outfile_prefix=str(run.folder / 'detections'))
+    return cfg
+
+
+class _Progress:
+    """Lines on what is done, with an estimate of the time left: that of the running training by MMEngine, and for
+    each one to come the mean of those that this call has seen from their start."""
+
+    def __init__(self, runs: list[Run], say: Say) -> None:
+        self.runs = runs
+        self.say = say
+        self.finished = 0
+        self.seconds: list[float] = []
+        self.start = self.spoken = time.monotonic()
+        self.run: Run | None = None
+
+    def begin(self, run: Run) -> None:
+        self.run, self.start, self.spoken = run, time.monotonic(), 0.
+        self.phase('training')
+
+    def phase(self, text: str) -> None:
+        self.say(f'[{self.finished + 1}/{len(self.runs)}] {self.run}: {text}')
+
+    def line(self, text: str) -> None:
+        """A line of the training's own log."""
+        if time.monotonic() - self.spoken >= QUIET or 'Epoch(val)' in text:
+            self.spoken = time.monotonic()
+            self.phase(f'{_short(text)}{self._left(text)}')
+
+    def done(self, run: Run, text: str) -> None:
+        self.run = run
+        self.phase(text)
+        self.finished += 1
+        if not text.startswith('finished before') and 'FAILED' not in text:
+            self.seconds.append(time.monotonic() - self.start)
+
+    def _left(self, text: str) -> str:
+        found = ETA.search(text)
+        if not found:
+            return ''
+        days, hours, minutes, seconds = (int(each or 0) for each in found.groups())
+        own = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        each = sum(self.seconds) / len(self.seconds) if self.seconds else time.monotonic() - self.start + own
+        left = own + each * (len(self.runs) - self.finished - 1)
+        return f'; all in about {_duration(left)}'
+
+
+def _short(text: str) -> str:
+    """What matters of a line of MMEngine's log."""
+    where = re.match(r'(Epoch|Iter)\(\w+\)\s*(\[[^\]]*\]\s*)*', text)
+    loss = re.search(r' loss: ([\d.einfa+-]+)', text)
+    parts = [where[0].strip() if where else text, loss and f'loss {float(loss[1]):.3f}',
+             *re.findall(r'(?:bbox|segm)_mAP: [\d.-]+', text)]
+    return ' '.join(part for part in parts if part)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else f'{max(1, minutes)} min'

@@ -1,0 +1,156 @@
+"""A detector with all that it takes to measure it: its optimizer, and real batches."""
+import copy
+import io
+import math
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModule
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
+from mmengine.runner import Runner, set_random_seed
+from torch import Tensor, nn
+
+from ...engine import UserError, build_model, check_checkpoint, read_checkpoint
+from ...models.layouts import state_dict_of
+from ...replacement import materialize
+from ...replacement.flops import count_flops
+from ..cost import peak_memory, saved_bytes, trainable_parameters
+from ..zoo.configs import without_synchronisation
+
+PEAK_OF = {'cuda': "torch's CUDA allocator", 'cpu': "torch's CPU allocator"}
+WORKERS = ('prefetch_factor', 'timeout', 'multiprocessing_context')
+"""Settings of a data loader that make no sense without worker processes."""
+AMP = ('loss_scale', 'dtype', 'use_fsdp')
+"""Settings of an optimizer wrapper that only one for mixed precision has."""
+SCALING = 20
+"""Most steps that a dynamic loss scale may need to come down to where the gradients are finite."""
+
+
+class Subject:
+    """One detector with its optimizer and a real batch for training and for prediction.
+
+    Args:
+        cfg, checkpoint, allow_pickle: see :func:`measure_costs`.
+        loaders: where the batches come from.
+    """
+
+    def __init__(self, cfg: Config, checkpoint: Path | None, loaders: 'Loaders', allow_pickle: bool) -> None:
+        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.notes: list[str] = []
+        """What is measured in another way than the config says."""
+        self.model = _build(cfg, checkpoint, allow_pickle).to(self.device)
+        self.loaded = [buffer.clone() for buffer in self.model.buffers()]
+        self.optim = self._build_optim(cfg)
+        self.training_batch = loaders.first_batch(cfg, 'train')
+        self.image = loaders.first_batch(cfg, 'val', batch_size=1, batch_sampler=None)
+        self.augments = bool(getattr(self.model.data_preprocessor, 'batch_augments', None))
+
+    def _build_optim(self, cfg: Config) -> OptimWrapper:
+        settings = dict(copy.deepcopy(cfg.optim_wrapper), accumulative_counts=1)
+        if settings.get('type') in ('AmpOptimWrapper', AmpOptimWrapper) and self.device.type == 'cpu':
+            settings = {key: value for key, value in settings.items() if key not in AMP} | dict(type='OptimWrapper')
+            self.notes.append('mixed precision needs a GPU; measured in float32')
+        wrapper = build_optim_wrapper(self.model, settings)
+        for group in wrapper.optimizer.param_groups:
+            group['lr'] = 0.
+        return wrapper
+
+    def _batch(self) -> dict[str, Any]:
+        """The training batch; a new one each time for preprocessors that change boxes in place."""
+        return copy.deepcopy(self.training_batch) if self.augments else self.training_batch
+
+    def step(self) -> dict[str, Tensor]:
+        """One training step, the same work and the same losses at every call."""
+        set_random_seed(0)
+        return self.model.train_step(self._batch(), self.optim)
+
+    def forward(self) -> dict[str, Any]:
+        """The first part of :meth:`step`, up to the losses."""
+        set_random_seed(0)
+        with self.optim.optim_context(self.model):
+            return self.model(**self.model.data_preprocessor(self._batch(), True), mode='loss')
+
+    def counts(self) -> dict[str, Any]:
+        """What doesn't depend on the machine's speed, by the fields of :class:`Cost`."""
+        self.model.train()
+        self._make_first_steps()
+        inputs = self.model.data_preprocessor(self._batch(), True)['inputs']
+        states = self.optim.optimizer.state.values()
+        return dict(
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            trainable=trainable_parameters(self.model),
+            optimizer_bytes=sum(value.nbytes for state in states for value in state.values()
+                                if isinstance(value, Tensor)),
+            forward_flops=count_flops(self.forward),
+            step_flops=count_flops(self.step),
+            saved_bytes=saved_bytes(self.model, self.forward),
+            peak_bytes=peak_memory(self.step, self.device),
+            peak_of=PEAK_OF[self.device.type],
+            batch=len(inputs),
+            image_size=tuple(inputs.shape[-2:]))
+
+    def _make_first_steps(self) -> None:
+        """The first step is different: it makes the optimizer's state. A loss scale may be too high for several."""
+        for _ in range(SCALING if isinstance(self.optim, AmpOptimWrapper) else 1):
+            for name, value in self.step().items():
+                if not math.isfinite(value := torch.as_tensor(value).detach().item()):
+                    raise UserError(f'a training step\'s {name} is {value}')
+            if self.optim.optimizer.state:
+                return
+
+    def predictors(self) -> list[nn.Module]:
+        """The model as it was loaded and, where that is another one, materialized; both ready to predict."""
+        with torch.no_grad():
+            for buffer, loaded in zip(self.model.buffers(), self.loaded, strict=True):
+                buffer.copy_(loaded)
+        plain = materialize(self.model.eval())
+        same = list(map(type, plain.modules())) == list(map(type, self.model.modules()))
+        return [self.model] if same else [self.model, plain]
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module) -> None:
+        model.test_step(self.image)
+
+
+def _build(cfg: Config, checkpoint: Path | None, allow_pickle: bool) -> nn.Module:
+    """The detector with the checkpoint's weights, or as it is before training, but for pretrained weights."""
+    set_random_seed(0)
+    model = build_model(Config(dict(default_scope=cfg.get('default_scope'), model=without_synchronisation(cfg.model))))
+    for module in model.modules():
+        if isinstance(module, BaseModule):
+            module.init_cfg = _without_pretrained(module.init_cfg)
+    model.init_weights()
+    if checkpoint is not None:
+        check_checkpoint(model, str(checkpoint), allow_pickle=allow_pickle)
+        model.load_state_dict(state_dict_of(read_checkpoint(str(checkpoint), allow_pickle)), strict=False)
+    return model
+
+
+def _without_pretrained(inits: Any) -> Any:
+    """An ``init_cfg`` that loads nothing."""
+    if isinstance(inits, list):
+        return [init for init in inits if _without_pretrained(init) is not None]
+    return None if isinstance(inits, Mapping) and inits.get('type') in ('Pretrained', 'PretrainedInit') else inits
+
+
+class Loaders:
+    """The first batches, kept: most variants have the baseline's data, and a big dataset takes long to open."""
+
+    def __init__(self) -> None:
+        self.known: list[tuple[dict, dict[str, Any]]] = []
+
+    def first_batch(self, cfg: Config, phase: str, **changes: Any) -> dict[str, Any]:
+        """A batch of one's own, loaded with seed 0 and in this process."""
+        if cfg.get(f'{phase}_dataloader') is None:
+            raise UserError(f'config: it has no {phase}_dataloader')
+        settings = {key: value for key, value in cfg[f'{phase}_dataloader'].items() if key not in WORKERS}
+        settings |= dict(num_workers=0, persistent_workers=False, **changes)
+        if not any(known == settings for known, _ in self.known):
+            set_random_seed(0)
+            with redirect_stdout(io.StringIO()):  # pycocotools prints
+                self.known.append((settings, next(iter(Runner.build_dataloader(settings, seed=0)))))
+        return copy.deepcopy(next(batch for known, batch in self.known if known == settings))

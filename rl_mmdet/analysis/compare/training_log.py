@@ -1,0 +1,78 @@
+"""What a training wrote to MMEngine's ``scalars.json``: curves over its iterations, and what it waited for."""
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Curve = list[tuple[float, float]]
+"""Iteration (or epoch) and value, in order."""
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """The log of one training.
+
+    Args:
+        loss: total loss over iterations.
+        ap: AP (0 to 1) during training over iterations, by metric (``'bbox'``, ``'segm'``).
+        coefficients: for every replaced block its (a, b) over iterations, by its name in the model.
+        data_share: part of an iteration's time that the training waited for data, 0 to 1 (median over the lines);
+            None without such lines.
+        peak_gpu_bytes: largest memory of PyTorch's allocator on the GPU; None on a CPU.
+    """
+    loss: Curve = field(default_factory=list)
+    ap: dict[str, Curve] = field(default_factory=dict)
+    coefficients: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+    data_share: float | None = None
+    peak_gpu_bytes: int | None = None
+
+
+def read_training_log(folder: Path) -> TrainingLog:
+    """Read the log of a training in its work dir, with all parts that a resumed one has.
+
+    Where a part was repeated after an interruption, the later values count. A last line that isn't whole, as a killed
+    process leaves it, is passed over.
+    """
+    loss, shares, memory = {}, [], []
+    ap: dict[str, dict[float, float]] = {}
+    coefficients: dict[str, dict[float, tuple[float, float]]] = {}
+    epochs = _iterations_by_epoch(folder)
+    for line in _lines(folder):
+        step = line['step']
+        if 'loss' in line:
+            loss[step] = line['loss']
+            shares += [line['data_time'] / line['time']] if line.get('time') and 'data_time' in line else []
+            memory += [line['memory']] if 'memory' in line else []
+        for metric in ('bbox', 'segm'):
+            if f'coco/{metric}_mAP' in line:
+                ap.setdefault(metric, {})[epochs.get(step, step)] = max(0., line[f'coco/{metric}_mAP'])
+        for key in line:
+            name = key.removeprefix('replacement/').removesuffix('/a')
+            if key == f'replacement/{name}/a':
+                coefficients.setdefault(name, {})[step] = line[key], line[f'replacement/{name}/b']
+    return TrainingLog(sorted(loss.items()), {metric: sorted(curve.items()) for metric, curve in ap.items()},
+                       {name: [(step, *pair) for step, pair in sorted(curve.items())]
+                        for name, curve in coefficients.items()},
+                       statistics.median(shares) if shares else None, max(memory) * 2**20 if memory else None)
+
+
+def _iterations_by_epoch(folder: Path) -> dict[float, float]:
+    """How many iterations were done at the end of each epoch; empty for trainings by iteration."""
+    last: dict[float, float] = {}
+    for line in _lines(folder):
+        if 'epoch' in line and 'loss' in line:
+            last[line['epoch']] = max(last.get(line['epoch'], 0), line['step'])
+    return last
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob('*/vis_data/scalars.json')):
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and 'step' in line:
+                yield line

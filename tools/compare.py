@@ -1,0 +1,66 @@
+"""Compare variants of a detector with its baseline: train, evaluate, measure, and write one report."""
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from mmengine.config import DictAction
+from rich.console import Console
+
+from rl_mmdet import engine
+from rl_mmdet.analysis import compare
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Compare variants of a detector with its baseline')
+    parser.add_argument('configs', nargs='*', metavar='[NAME=]CONFIG',
+                        help='config files, the baseline\'s first; each is called NAME or else like its file')
+    parser.add_argument('--variant', nargs='+', action='append', default=[], metavar=('NAME', 'KEY=VALUE'),
+                        help='one more variant: changes of the baseline\'s config; may be given several times')
+    parser.add_argument('--work-dir', required=True, help='where everything is written; finished trainings found there '
+                        'are reused and unfinished ones resumed')
+    parser.add_argument('--seeds', type=int, default=3, help='trainings of each variant (default: %(default)s)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='changes of all configs; data_root=DIR moves them to that data')
+    parser.add_argument('--launcher', choices=compare.LAUNCHERS, default='none',
+                        help='pytorch trains every run by torchrun on this machine')
+    parser.add_argument('--processes', type=int, help='how many torchrun starts (default: one for each GPU)')
+    parser.add_argument('--report-dir', help='where the report is written (default: the work dir)')
+    parser.add_argument('--allow-pickle', action='store_true',
+                        help='read checkpoints that need code to be unpickled; only from sources you trust')
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument('--cost-only', action='store_true', help='measure costs, train nothing')
+    only.add_argument('--report-only', action='store_true', help='make the report again from what lies in the work dir')
+    return parser.parse_args()
+
+
+@engine.tool
+def main() -> None:
+    args = parse_args()
+    folder = Path(args.work_dir)
+    console, start = Console(soft_wrap=True, highlight=False), time.monotonic()
+
+    def say(line: str) -> None:
+        console.print(f'{time.monotonic() - start:6.0f} s  {line}', markup=False)
+
+    tools = compare.Tools(Path(__file__).parent, args.launcher, args.processes)
+    if args.report_only:
+        comparison = compare.Comparison(folder)
+    else:
+        comparison = compare.plan_comparison(
+            folder, args.configs, compare.parse_variants(args.variant), args.seeds, args.cfg_options,
+            allow_pickle=args.allow_pickle, command=shlex.join(['python', *sys.argv]))
+    report = Path(args.report_dir or folder)
+    try:
+        with compare.only_one(folder):
+            contents = compare.carry_out(comparison, tools, report, say, measure_costs=not args.report_only,
+                                         train=not (args.cost_only or args.report_only), allow_pickle=args.allow_pickle)
+    except KeyboardInterrupt:
+        say('start it again to go on from the last checkpoint')
+        raise
+    compare.print_result(contents, report, console)
+
+
+if __name__ == '__main__':
+    main()
