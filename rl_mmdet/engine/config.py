@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
 
 from .errors import UserError
 
@@ -19,7 +20,7 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
     with the config's own ``data_root`` begins with ``DIR`` afterwards.
 
     Args:
-        path: config file.
+        path: config file; ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py`` is MMDetection's own, as in ``_base_``.
         options: overrides by dotted key.
         work_dir: where to write; default the config's own, else ``./work_dirs/<config stem>``.
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
@@ -28,7 +29,7 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
         UserError: the file can't be read or parsed, or an option doesn't fit it.
     """
     try:
-        cfg = Config.fromfile(path)
+        cfg = get_config(path) if '::' in path else Config.fromfile(path)
     except Exception as error:  # mmengine raises whatever the config's own Python code raises
         raise UserError(f'config {path}: {_first_line(error)}') from error
     old_root = cfg.get('data_root')

@@ -69,3 +69,15 @@ def test_rl_defaults_respect_another_constructor():
     cfg = rl_config()
     cfg.optim_wrapper.constructor = 'LayerDecay'
     assert add_rl_defaults_(cfg).optim_wrapper.constructor == 'LayerDecay'
+
+
+def test_a_config_of_mmdetection_is_found_by_the_name_it_has_as_a_base():
+    cfg = load_config('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', {'model.backbone.depth': 18})
+    assert (cfg.model.backbone.type, cfg.model.backbone.depth) == ('ResNet', 18)
+    assert cfg.work_dir == 'work_dirs/faster-rcnn_r50_fpn_1x_coco'
+
+
+def test_a_config_that_mmdetection_does_not_have_is_refused_in_one_line():
+    with pytest.raises(UserError, match='config mmdet::faster_rcnn/nothing.py: ') as error:
+        load_config('mmdet::faster_rcnn/nothing.py')
+    assert '\n' not in str(error.value)

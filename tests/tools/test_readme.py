@@ -36,7 +36,9 @@ def test_readme_has_commands_for_every_tool():
 @pytest.mark.parametrize('command', TOOL_COMMANDS)
 def test_readme_command_is_accepted_and_its_config_loads(command, monkeypatch):
     args = parse(command, monkeypatch)
-    assert load_config(str(ROOT / args.config), args.cfg_options).model.backbone.type.startswith('RL')
+    configs = args.configs if 'compare.py' in command else [args.config]
+    cfgs = [load_config(path if '::' in path else str(ROOT / path), args.cfg_options) for path in configs]
+    assert cfgs[-1].model.backbone.type.startswith('RL')
 
 
 @pytest.mark.parametrize('command', [command for command in TOOL_COMMANDS if '../shared' in command])
