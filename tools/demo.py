@@ -1,5 +1,6 @@
 """The main job in small: compare a detector and its Replacement-Learning twin on digit scenes."""
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def parse_args() -> argparse.Namespace:
 
 @engine.tool
 def main() -> None:
+    os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # else torch's profiler complains about a GPU that isn't there
     args = parse_args()
     folder, start = Path(args.work_dir), time.monotonic()
     console = Console(soft_wrap=True, highlight=False)
