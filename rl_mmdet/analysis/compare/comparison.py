@@ -19,8 +19,8 @@ from ..training_run import write_atomically
 from .coco_scores import METRICS
 
 FORMAT = 'rl_mmdet.comparison/1'
-OF_NO_MATTER = ('pipeline', 'backend_args', 'palette', 'lazy_init', 'serialize_data')
-"""Settings of a val set in which variants may differ."""
+OF_NO_MATTER = ('pipeline', 'backend_args', 'palette', 'lazy_init', 'serialize_data', '_scope_')
+"""Settings of a val set or metric in which variants may differ."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def disagreements(comparison: Comparison, contents: Contents, count: int = 6) ->
     metric = contents.metrics[0]
     found = largest_disagreements(
         {name: (matches_of(one, metric), matches_of(other, metric)) for name, (one, other) in runs.items()}, count)
-    folder = _image_folder(comparison) if found else None
+    folder = _image_folder(comparison) if found and comparison.annotations().is_file() else None
     if folder is None:
         return None
     annotations = json.loads(comparison.annotations().read_text())

@@ -1,5 +1,6 @@
 """What may be compared, and the folder it is compared in."""
 import json
+from pathlib import Path
 
 import pytest
 
@@ -144,3 +145,10 @@ def test_parse_variants_reads_values_as_cfg_options_does():
 def test_parse_variants_refuses_what_is_no_variant(given, complaint):
     with pytest.raises(UserError, match=complaint):
         parse_variants(given)
+
+
+def test_a_config_of_mmdetection_and_one_of_ours_on_top_of_it_ask_the_same_question(tmp_path):
+    ours = Path(__file__).parents[3] / 'configs/rl_resnet/faster-rcnn_rl-r50-k2_fpn_1x_coco.py'
+    with pytest.raises(UserError, match=r'faster-rcnn_r50_fpn_1x_coco: .*instances_train2017\.json doesn\'t exist'):
+        plan_comparison(tmp_path / 'work', ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', str(ours)],
+                        options={'model.backbone.init_cfg': None, 'data_root': f'{tmp_path}/'})
