@@ -3,7 +3,7 @@ import argparse
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,9 @@ from mmengine.registry import init_default_scope
 from ...engine import UserError, add_rl_defaults_, build_model, check_training, load_config
 from ...engine.config import uses_replacement
 from ..training_run import write_atomically
-from .coco_scores import METRICS
+from .same_question import check_evaluation, check_same_question, coco_evaluator, differences, metrics_of
 
 FORMAT = 'rl_mmdet.comparison/1'
-OF_NO_MATTER = ('pipeline', 'backend_args', 'palette', 'lazy_init', 'serialize_data', '_scope_')
-"""Settings of a val set or metric in which variants may differ."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,11 @@ class Comparison:
 
     def metrics(self) -> list[str]:
         """``'bbox'``, ``'segm'`` or both."""
-        return _metrics(self.config(self.baseline))
+        return metrics_of(self.config(self.baseline))
 
     def annotations(self) -> Path:
         """The val set's annotation file."""
-        return Path(_coco_evaluator(self.config(self.baseline))['ann_file'])
+        return Path(coco_evaluator(self.config(self.baseline))['ann_file'])
 
 
 def plan_comparison(folder: Path, configs: Sequence[str],
@@ -126,9 +124,9 @@ def plan_comparison(folder: Path, configs: Sequence[str],
         raise UserError('there is nothing to compare with the baseline: give config files of variants or --variant')
     record = _read_record(folder)
     _check_folder(folder, record, found)
-    _check_evaluation(found[first][1])
+    check_evaluation(found[first][1])
     for name in others:
-        _check_same_question(found[first][1], found[name][1], name)
+        check_same_question(found[first][1], found[name][1], name)
     for check in (build_model, partial(check_training, allow_pickle=allow_pickle)):  # the second makes the folder
         for variant, cfg in found.values():
             try:
@@ -219,71 +217,17 @@ def _check_folder(folder: Path, record: dict[str, Any] | None, found: dict[str, 
             path = _config_file(folder, variant.name)
             before = Config.fromfile(str(path)) if path.is_file() else Config()
             now = Config.fromstring(_text(cfg), '.py') if path.is_file() else Config()
-            for key, old, new in _differences(before.to_dict(), now.to_dict()):
+            for key, old, new in differences(before.to_dict(), now.to_dict()):
                 raise UserError(f'--work-dir {folder}: {variant.name} was begun there with {key}={old!r}, now it is '
                                 f'{new!r}; give another folder')
     for _, cfg in found.values():
         cfg.work_dir = str(folder)
 
 
-def _check_evaluation(cfg: Config) -> None:
-    """The baseline's evaluation is one that can be compared."""
-    evaluator = _coco_evaluator(cfg)
-    if not evaluator.get('ann_file'):
-        raise UserError('val_evaluator.ann_file is missing: detections are compared against a COCO annotation file')
-    if not _metrics(cfg):
-        raise UserError(f'val_evaluator.metric is {evaluator.get("metric")!r}; what can be compared: '
-                        f'{", ".join(METRICS)}')
-    if evaluator.get('iou_thrs') is not None:
-        raise UserError('val_evaluator.iou_thrs: COCO AP is compared, over the thresholds 0.5 to 0.95; leave it out')
-
-
-def _check_same_question(base: Config, other: Config, name: str) -> None:
-    """Both are evaluated on the same images, by the same metric."""
-    for title, part in (('val set', lambda cfg: dict(cfg.val_dataloader.dataset)),
-                        ('metric', lambda cfg: dict(_coco_evaluator(cfg)))):
-        for key, own, others in _differences(part(base), part(other), OF_NO_MATTER):
-            raise UserError(f'{name} has another {title} than the baseline, so their AP can\'t be compared: {key} is '
-                            f'{others!r}, the baseline\'s {own!r}')
-
-
 def _classes(cfg: Config) -> list[str]:
     """The val set's class names."""
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     return list(DATASETS.build(dict(cfg.val_dataloader.dataset, lazy_init=True)).metainfo['classes'])
-
-
-def _coco_evaluator(cfg: Config) -> ConfigDict:
-    if cfg.get('val_dataloader') is None or cfg.get('val_evaluator') is None:
-        raise UserError('val_dataloader and val_evaluator are needed: without a val set there is no AP to compare')
-    evaluators = cfg.val_evaluator if isinstance(cfg.val_evaluator, (list, tuple)) else [cfg.val_evaluator]
-    found = [each for each in evaluators if each.get('type') in ('CocoMetric', 'mmdet.CocoMetric')]
-    if not found:
-        raise UserError(f'val_evaluator must be a CocoMetric, got {", ".join(str(e.get("type")) for e in evaluators)}')
-    return found[0]
-
-
-def _metrics(cfg: Config) -> list[str]:
-    metric = _coco_evaluator(cfg).get('metric', 'bbox')
-    return [each for each in METRICS if each in ([metric] if isinstance(metric, str) else metric)]
-
-
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any],
-                 ignore: Sequence[str] = ()) -> Iterator[tuple[str, Any, Any]]:
-    """Every setting in which two configs differ, by dotted key, with both values."""
-    first, second = dict(_flat(one, ignore)), dict(_flat(other, ignore))
-    for key in dict.fromkeys([*first, *second]):
-        if first.get(key) != second.get(key):
-            yield key, first.get(key), second.get(key)
-
-
-def _flat(node: Any, ignore: Sequence[str], key: str = '') -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            if name not in ignore:
-                yield from _flat(value, ignore, f'{key}.{name}' if key else name)
-    else:
-        yield key, list(node) if isinstance(node, tuple) else node
 
 
 def _text(cfg: Config) -> str:
