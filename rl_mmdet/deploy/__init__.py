@@ -1,4 +1,5 @@
 """Taking a trained model away."""
+from .delta import DeltaInfo, apply_delta, delta_info, save_delta, state_hash
 from .plain_checkpoint import save_plain_checkpoint
 
-__all__ = ['save_plain_checkpoint']
+__all__ = ['DeltaInfo', 'apply_delta', 'delta_info', 'save_delta', 'save_plain_checkpoint', 'state_hash']

@@ -1,0 +1,171 @@
+"""Delta files: a fine-tuned detector as what distinguishes it from its base checkpoint."""
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..engine import UserError, read_checkpoint
+from ..models.layouts import state_dict_of
+
+FORMAT = 'rl_mmdet.delta/1'
+
+
+@dataclass(frozen=True)
+class DeltaInfo:
+    """What a delta file says of itself.
+
+    Args:
+        tensors: shape of every tensor in it, by key; its values take the place of the base's, or are new.
+        removed: keys of the base that the task has no use for.
+        numbers: how many numbers the tensors have together.
+        base_numbers: how many the base has.
+        base_hash, result_hash: :func:`state_hash` of the base's tensors and of the task's.
+        bytes: size of the file.
+    """
+    tensors: dict[str, tuple[int, ...]]
+    removed: list[str]
+    numbers: int
+    base_numbers: int
+    base_hash: str
+    result_hash: str
+    bytes: int
+
+    def __str__(self) -> str:
+        lines = [f'{len(self.tensors)} tensors of {self.numbers:,} numbers, {self.numbers / self.base_numbers:.1%} of '
+                 f'the base\'s {self.base_numbers:,}; {self.bytes / 1e6:.1f} MB; base {self.base_hash[:16]}']
+        lines += [f'  {key} {list(shape)}' for key, shape in self.tensors.items()]
+        return '\n'.join(lines + [f'  {key} removed' for key in self.removed])
+
+
+def state_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by key: of their keys, types, shapes and bits, in the order of the keys.
+
+    It doesn't depend on what else a checkpoint file holds, such as an optimizer's state.
+    """
+    found = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        found.update(f'{key}\0{tensor.dtype}\0{list(tensor.shape)}\0'.encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b'')
+    return found.hexdigest()
+
+
+def save_delta(base: str, tuned: str, out: str, allow_pickle: bool = False) -> DeltaInfo:
+    """Write what a fine-tuned checkpoint has changed in its base: the new values of the tensors that differ in any bit.
+
+    Args:
+        base: checkpoint that the fine-tuning started from.
+        tuned: checkpoint at its end.
+        out: file to write, ``.safetensors``; must not exist.
+        allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
+
+    Raises:
+        UserError: a file can't be read, the two have nothing in common, or ``out`` is in the way or has another ending.
+    """
+    if not out.endswith('.safetensors'):
+        raise UserError(f'{out}: a delta file is called *.safetensors')
+    _check_free(out)
+    before, _ = _read(base, allow_pickle)
+    after, classes = _read(tuned, allow_pickle)
+    if not any(key in before and _same(tensor, before[key]) for key, tensor in after.items()):
+        raise UserError(f'{tuned}: no tensor is the same as in {base}: it doesn\'t come from this base, or all was '
+                        'trained; then a delta saves nothing')
+    changed = {key: tensor.contiguous() for key, tensor in after.items()
+               if key not in before or not _same(tensor, before[key])}
+    metadata = dict(format=FORMAT, base=state_hash(before), result=state_hash(after),
+                    base_numbers=str(sum(tensor.numel() for tensor in before.values())),
+                    removed=json.dumps(sorted(set(before) - set(after))), dataset_meta=json.dumps(classes))
+    part = f'{out}.part'
+    save_file({key: tensor.clone() for key, tensor in changed.items()}, part, metadata)
+    os.replace(part, out)
+    return delta_info(out)
+
+
+def apply_delta(base: str, delta: str, out: str, allow_pickle: bool = False) -> DeltaInfo:
+    """Write the checkpoint that a delta file was made from, an ordinary one.
+
+    Args:
+        base: the checkpoint that the delta belongs to.
+        delta: file by :func:`save_delta`.
+        out: file to write, with the keys ``state_dict`` and ``meta``; must not exist.
+        allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
+
+    Raises:
+        UserError: another base, a file that can't be read, or ``out`` exists.
+    """
+    _check_free(out)
+    info = delta_info(delta)
+    tensors, _ = _read(base, allow_pickle)
+    check_base(info, base, tensors)
+    with _opened(delta) as file:
+        classes = json.loads(file.metadata()['dataset_meta'])
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in info.removed}
+        tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if state_hash(tensors) != info.result_hash:
+        raise UserError(f'{delta}: it is damaged: applied to its base it doesn\'t give what it was made from')
+    part = Path(f'{out}.part')
+    torch.save(dict(state_dict=tensors, meta=dict(dataset_meta=classes)), part)
+    os.replace(part, out)
+    return info
+
+
+def delta_info(delta: str) -> DeltaInfo:
+    """What is in a delta file.
+
+    Raises:
+        UserError: it is no delta file.
+    """
+    with _opened(delta) as file:
+        metadata = file.metadata() or {}
+        if metadata.get('format') != FORMAT:
+            raise UserError(f'{delta}: not a delta file of this version ({FORMAT})')
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return DeltaInfo(shapes, json.loads(metadata['removed']), numbers, int(metadata['base_numbers']),
+                     metadata['base'], metadata['result'], os.path.getsize(delta))
+
+
+def check_base(info: DeltaInfo, base: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a UserError if ``tensors``, those of the file ``base``, aren't those that the delta belongs to."""
+    found = state_hash(tensors)
+    if found != info.base_hash:
+        raise UserError(f'{base}: not the base of this delta: its tensors\' hash is {found[:16]}, the delta was made '
+                        f'from {info.base_hash[:16]}')
+
+
+def _read(path: str, allow_pickle: bool) -> tuple[dict[str, Tensor], Any]:
+    """A checkpoint's tensors, and its dataset's classes if it has them."""
+    checkpoint = read_checkpoint(path, allow_pickle)
+    tensors = state_dict_of(checkpoint, wrapped=True)
+    if not tensors:
+        raise UserError(f'{path}: holds no tensor')
+    meta = checkpoint.get('meta')
+    return tensors, meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+
+
+def _opened(path: str) -> Any:
+    try:
+        return safe_open(path, 'pt')
+    except FileNotFoundError:
+        raise UserError(f'{path}: there is no such file') from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f'{path}: truncated, or not a safetensors file ({error})') from None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal in type, shape and every bit."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(
+        one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _check_free(path: str) -> None:
+    if os.path.lexists(path):
+        raise UserError(f'{path}: exists already; name another file')
