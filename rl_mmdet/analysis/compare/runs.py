@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 
 from ...engine import UserError
 from ..training_run import run_training, write_atomically
@@ -142,12 +143,11 @@ def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress
     progress.done(run, text)
 
 
-def _val_config(comparison: Comparison, run: Run):
+def _val_config(comparison: Comparison, run: Run) -> Config:
     """The variant's config, testing on the val set, with detections written instead of evaluated."""
     cfg = comparison.config(run.variant)
     cfg.test_dataloader = cfg.val_dataloader
-    cfg.test_cfg = cfg.get('val_cfg') or dict(type='TestLoop')
-    cfg.test_cfg.type = 'TestLoop'
+    cfg.test_cfg = dict(cfg.get('val_cfg') or {}, type='TestLoop')
     cfg.test_evaluator = dict(type='CocoMetric', ann_file=str(comparison.annotations()), metric=comparison.metrics(),
                               format_only=True, outfile_prefix=str(run.folder / 'detections'))
     return cfg
