@@ -1,6 +1,7 @@
 """Fixtures for all tests: fixed seeds, a tiny plain-torch model with two chains, and randomised weights."""
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,11 +123,17 @@ def assert_same_state() -> Callable[[dict, dict], None]:
     return check
 
 
-@pytest.fixture
-def tiny_config(tmp_path: Path) -> Callable[..., str]:
-    """Write a config of a tiny detector on tiny digit scenes: ``name`` of configs/digits, with ``more`` appended."""
-    def write(name: str = 'atss_rl-r34-k2_fpn_digits.py', more: str = '') -> str:
-        path = tmp_path / f'tiny_{name}'
-        path.write_text(TINY.format(base=str(CONFIGS / name), root=f'{tmp_path}/digits/') + more)
+@pytest.fixture(scope='session')
+def write_tiny_config() -> Callable[..., str]:
+    """Write a config of a tiny detector on tiny digit scenes into a folder; see ``tiny_config``."""
+    def write(folder: Path, name: str = 'atss_rl-r34-k2_fpn_digits.py', more: str = '') -> str:
+        path = folder / f'tiny_{name}'
+        path.write_text(TINY.format(base=str(CONFIGS / name), root=f'{folder}/digits/') + more)
         return str(path)
     return write
+
+
+@pytest.fixture
+def tiny_config(write_tiny_config: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+    """Write a config of a tiny detector on tiny digit scenes: ``name`` of configs/digits, with ``more`` appended."""
+    return partial(write_tiny_config, tmp_path)

@@ -32,15 +32,23 @@ TEST = """
 """
 
 
+@pytest.fixture(scope='session')
+def write_tools():
+    """Write the stand-ins into a folder."""
+    def write(folder):
+        for name, text in (('train', TRAIN), ('test', TEST)):
+            (folder / f'{name}.py').write_text(textwrap.dedent(text))
+        return Tools(folder)
+    return write
+
+
 @pytest.fixture
-def comparison(tiny_config, tmp_path, monkeypatch):
+def tools(write_tools, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    return write_tools(tmp_path)
+
+
+@pytest.fixture
+def comparison(tiny_config, tmp_path):
     configs = [f'base={tiny_config("atss_r34_fpn_digits.py")}', f'twin={tiny_config()}']
     return plan_comparison(tmp_path / 'work', configs, seeds=2)
-
-
-@pytest.fixture
-def tools(tmp_path):
-    for name, text in (('train', TRAIN), ('test', TEST)):
-        (tmp_path / f'{name}.py').write_text(textwrap.dedent(text))
-    return Tools(tmp_path)

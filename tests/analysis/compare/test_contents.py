@@ -14,12 +14,13 @@ SKIP = {'model.backbone.type': 'RLResNet', 'model.backbone.replacement.plan.type
         'model.backbone.replacement.plan.k': 2, 'model.backbone.replacement.operator.type': 'Skip'}
 
 
-@pytest.fixture
-def finished(comparison, tools, tiny_config, tmp_path):
+@pytest.fixture(scope='module')
+def finished(write_tiny_config, write_tools, tmp_path_factory):
     """Three variants with two seeds: one finds everything, one nothing and fails once, one finds a part."""
-    comparison = plan_comparison(tmp_path / 'work', [f'base={tiny_config("atss_r34_fpn_digits.py")}'],
-                                 {'worse': SKIP}, seeds=2)
-    train_all(comparison, tools, str)
+    folder = tmp_path_factory.mktemp('comparison')
+    configs = [f'base={write_tiny_config(folder, "atss_r34_fpn_digits.py")}', f'twin={write_tiny_config(folder)}']
+    comparison = plan_comparison(folder / 'work', configs, {'worse': SKIP}, seeds=2)
+    train_all(comparison, write_tools(folder), str)
     return comparison
 
 
