@@ -23,6 +23,7 @@ class LightOperator(Operator):
     Raises:
         ValueError: ``scale`` isn't a finite number.
     """
+    light = True
 
     def __init__(self, scale: float) -> None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):

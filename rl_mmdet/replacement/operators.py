@@ -14,8 +14,10 @@ class Operator:
 
     Attributes:
         repeatable: computing twice is cheap and changes nothing, so that outputs can be rebuilt in backward.
+        light: it computes less than the block it stands for.
     """
     repeatable = False
+    light = False
 
     def why_not(self, block: nn.Module) -> str | None:
         """Why it can't stand for ``block``; None if it can."""
