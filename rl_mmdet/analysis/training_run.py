@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine import UserError
+from ..engine import UserError, write_text
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
@@ -68,7 +68,7 @@ def run_training(command: list[str], work_dir: Path, say: Callable[[str], None])
             cost.seconds += time.monotonic() - start
             cost.peak_rss = max(cost.peak_rss, usage.ru_maxrss * 1024)
             cost.finished = process.returncode == 0
-            write_atomically(record, json.dumps(asdict(cost)))
+            write_text(record, json.dumps(asdict(cost)))
     if not cost.finished:
         raise UserError(f'{" ".join(command)} ended with status {process.returncode}; its last lines '
                         f'(all in {work_dir / "output.log"}):\n' + '\n'.join(tail))
@@ -101,10 +101,3 @@ def _signal_handler(number: int, handler: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, before)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    part = path.with_name(path.name + '.part')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, path)

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..engine import UserError, read_checkpoint
+from ..engine import UserError, check_new_file, read_checkpoint, written_whole
 from ..models.layouts import state_dict_of
 
 FORMAT = 'rl_mmdet.delta/1'
@@ -72,7 +71,7 @@ def save_delta(base: str, tuned: str, out: str, allow_pickle: bool = False) -> D
     """
     if not out.endswith('.safetensors'):
         raise UserError(f'{out}: a delta file is called *.safetensors')
-    _check_free(out)
+    check_new_file(out)
     before, _ = _read(base, allow_pickle)
     after, classes = _read(tuned, allow_pickle)
     if not any(key in before and _same(tensor, before[key]) for key, tensor in after.items()):
@@ -83,9 +82,8 @@ def save_delta(base: str, tuned: str, out: str, allow_pickle: bool = False) -> D
     metadata = dict(format=FORMAT, base=state_hash(before), result=state_hash(after),
                     base_numbers=str(sum(tensor.numel() for tensor in before.values())),
                     removed=json.dumps(sorted(set(before) - set(after))), dataset_meta=json.dumps(classes))
-    part = f'{out}.part'
-    save_file({key: tensor.clone() for key, tensor in changed.items()}, part, metadata)
-    os.replace(part, out)
+    with written_whole(out) as part:
+        save_file({key: tensor.clone() for key, tensor in changed.items()}, part, metadata)
     return delta_info(out)
 
 
@@ -101,7 +99,7 @@ def apply_delta(base: str, delta: str, out: str, allow_pickle: bool = False) -> 
     Raises:
         UserError: another base, a file that can't be read, or ``out`` exists.
     """
-    _check_free(out)
+    check_new_file(out)
     info = delta_info(delta)
     tensors, _ = _read(base, allow_pickle)
     check_base(info, base, tensors)
@@ -111,9 +109,8 @@ def apply_delta(base: str, delta: str, out: str, allow_pickle: bool = False) -> 
         tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if state_hash(tensors) != info.result_hash:
         raise UserError(f'{delta}: it is damaged: applied to its base it doesn\'t give what it was made from')
-    part = Path(f'{out}.part')
-    torch.save(dict(state_dict=tensors, meta=dict(dataset_meta=classes)), part)
-    os.replace(part, out)
+    with written_whole(out) as part:
+        torch.save(dict(state_dict=tensors, meta=dict(dataset_meta=classes)), part)
     return info
 
 
@@ -164,8 +161,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
     """Equal in type, shape and every bit."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(
         one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
-
-
-def _check_free(path: str) -> None:
-    if os.path.lexists(path):
-        raise UserError(f'{path}: exists already; name another file')

@@ -1,6 +1,4 @@
 """A replaced detector's checkpoint as an ordinary baseline checkpoint."""
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +6,7 @@ from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from ..engine import UserError, build_model, check_checkpoint, read_checkpoint
+from ..engine import UserError, build_model, check_checkpoint, check_new_file, read_checkpoint, written_whole
 from ..engine.detectors import inner_detectors
 from ..models.layouts import state_dict_of
 from ..replacement import FullBlock, computing_layers, materialize
@@ -49,8 +47,7 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: 
     Raises:
         UserError: the checkpoint doesn't fit the config, isn't this model's own, or ``out`` exists.
     """
-    if os.path.lexists(out):
-        raise UserError(f'{out}: exists already; name another file')
+    check_new_file(out)
     model = build_model(cfg).eval()
     report = check_checkpoint(model, checkpoint, allow_pickle=allow_pickle)
     layers = computing_layers(model)
@@ -63,10 +60,9 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: 
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
     _check_same(model, plain)
-    part = Path(f'{out}.part')
     classes = loaded.get('meta', {}).get('dataset_meta')
-    torch.save(dict(state_dict=plain.state_dict(), meta=dict(dataset_meta=classes)), part)
-    os.replace(part, out)
+    with written_whole(out) as part:
+        torch.save(dict(state_dict=plain.state_dict(), meta=dict(dataset_meta=classes)), part)
     light = {type(layer.operator).__name__ for layer in layers.values() if not isinstance(layer.operator, FullBlock)}
     return Plain(list(layers), sorted(light))
 

@@ -3,6 +3,7 @@ from .arguments import config_arguments, run_arguments
 from .checkpoint import check_checkpoint, read_checkpoint
 from .config import add_rl_defaults_, load_config
 from .errors import NonFiniteLossError, UserError
+from .files import check_new_file, write_text, written_whole
 from .hooks import FiniteLossHook, LogCoefficientsHook, RecalibrateNormsHook
 from .launch import build_runner, set_local_rank, tool
 from .optim import RLLayerDecayOptimWrapperConstructor, RLOptimWrapperConstructor
@@ -20,7 +21,8 @@ from .preflight import build_model, check_testing, check_training
 __all__ = [
     'FiniteLossHook', 'LogCoefficientsHook', 'NonFiniteLossError', 'RLLayerDecayOptimWrapperConstructor',
     'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'UserError', 'add_rl_defaults_', 'build_model', 'build_runner',
-    'check_checkpoint', 'check_out_file', 'check_testing', 'check_training', 'config_arguments', 'dump_predictions_',
-    'enable_amp_', 'enable_auto_scale_lr_', 'enable_tta_', 'enable_visualization_', 'load_config', 'read_checkpoint',
-    'run_arguments', 'set_local_rank', 'set_resume_', 'tool',
+    'check_checkpoint', 'check_new_file', 'check_out_file', 'check_testing', 'check_training', 'config_arguments',
+    'dump_predictions_', 'enable_amp_', 'enable_auto_scale_lr_', 'enable_tta_', 'enable_visualization_', 'load_config',
+    'read_checkpoint', 'run_arguments', 'set_local_rank', 'set_resume_', 'tool', 'write_text',
+    'written_whole',
 ]

@@ -390,11 +390,13 @@ def test_depth_of_attention_blocks(cfg, randomise_):
 
 
 def test_depth_of_tridentnets_branches_each_for_itself():
+    torch.manual_seed(0)
     net = MODELS.build(dict(
         type='RLBackbone', backbone='TridentResNet', depth=50, base_channels=4, num_branch=3, test_branch_idx=1,
         trident_dilations=(1, 2, 3), num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,),
         replacement=dict(plan=dict(type='Blocks', blocks={'layer3': [1]}), fusion=dict(type='OwnWeights'),
                          operator=depth(0.5))))
+    net.init_weights()  # before it, TridentConv's weights are whatever is in memory
     net.train()
     kept = []
     net.layer3[1].register_forward_hook(lambda block, args, out: kept.append([

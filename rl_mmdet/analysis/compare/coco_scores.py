@@ -1,6 +1,5 @@
 """COCO average precision of dumped detections, and the matches it is computed from."""
 import json
-import os
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from mmdet.datasets.api_wrappers import COCO, COCOeval
+
+from ...engine import written_whole
 
 METRICS = ('bbox', 'segm')
 MAX_DETECTIONS = (100, 300, 1000)  # per image and class; AP is at the first, AP50 and all others at the last
@@ -62,11 +63,8 @@ class Matches:
 
     def save(self, path: Path) -> None:
         """Write a compressed npz file, which appears under its name only when it is complete."""
-        path = Path(path)
-        part = path.with_name(path.name + '.part')
-        with part.open('wb') as file:
+        with written_whole(path) as part, part.open('wb') as file:
             np.savez_compressed(file, **vars(self))
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path: Path) -> 'Matches':

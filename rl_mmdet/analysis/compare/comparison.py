@@ -13,9 +13,8 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import init_default_scope
 
-from ...engine import UserError, add_rl_defaults_, build_model, check_training, load_config
+from ...engine import UserError, add_rl_defaults_, build_model, check_training, load_config, write_text
 from ...engine.config import uses_replacement
-from ..training_run import write_atomically
 from .same_question import check_evaluation, check_same_question, coco_evaluator, differences, metrics_of
 
 FORMAT = 'rl_mmdet.comparison/1'
@@ -139,12 +138,12 @@ def plan_comparison(folder: Path, configs: Sequence[str],
     for variant, cfg in found.values():
         path = _config_file(folder, variant.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _text(cfg))
+        write_text(path, _text(cfg))
     commands = record['commands'] if record else []
     content = dict(format=FORMAT, classes=_classes(found[first][1]), seeds=max(seeds, record['seeds'] if record else 0),
                    variants=before + [vars(variant) for variant in new],
                    commands=commands + ([command] if command and command not in commands else []))
-    write_atomically(folder / 'comparison.json', json.dumps(content, indent=2))
+    write_text(folder / 'comparison.json', json.dumps(content, indent=2))
     return Comparison(folder)
 
 

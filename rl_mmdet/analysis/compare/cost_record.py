@@ -8,7 +8,7 @@ from pathlib import Path
 import mmdet
 import torch
 
-from ..training_run import write_atomically
+from ...engine import write_text
 from .comparison import Comparison
 from .costs import Cost, measure_costs
 from .runs import checkpoint_of
@@ -52,7 +52,7 @@ def measure(comparison: Comparison, say: Callable[[str], None], allow_pickle: bo
     cfgs = {variant.name: comparison.config(variant.name) for variant in comparison.variants}
     costs = measure_costs(cfgs, checkpoints, say=say, allow_pickle=allow_pickle)
     record = asdict(CostRecord(costs, environment(), names))
-    write_atomically(comparison.folder / 'costs.json', json.dumps(record, indent=1))
+    write_text(comparison.folder / 'costs.json', json.dumps(record, indent=1))
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The report on a comparison: report.html, report.md, report.json and figures/."""
 import base64
 import io
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from ...engine import written_whole
 from .comparison import Comparison
 from .contents import Contents
 from .disagreements import disagreements
@@ -81,16 +81,14 @@ def write_report(comparison: Comparison, contents: Contents, folder: Path) -> li
     for name in set(FIGURES) - {picture.name for picture in pictures}:
         (folder / 'figures' / f'{name}.png').unlink(missing_ok=True)
     written += [_write(folder / name, text.encode()) for name, text in texts.items()]
-    part = folder / 'report.json.part'
-    contents.save(part)
-    os.replace(part, folder / 'report.json')
+    with written_whole(folder / 'report.json') as part:
+        contents.save(part)
     return [*written, folder / 'report.json']
 
 
 def _write(path: Path, content: bytes) -> Path:
-    part = path.with_name(path.name + '.part')
-    part.write_bytes(content)
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_bytes(content)
     return path
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from ...engine import UserError
-from ..training_run import run_training, write_atomically
+from ...engine import UserError, write_text
+from ..training_run import run_training
 from .coco_scores import Matches, Scores, score_detections
 from .comparison import Comparison, Run
 
@@ -91,7 +91,7 @@ def train_all(comparison: Comparison, tools: Tools, say: Say) -> list[Run]:
         try:
             _finish(comparison, run, tools, progress)
         except UserError as error:
-            write_atomically(complaint, f'{error}\n')
+            write_text(complaint, f'{error}\n')
             failed.append(run)
             progress.done(run, f'FAILED, the others go on: {str(error).splitlines()[-1]}')
     return failed
@@ -129,7 +129,7 @@ def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress
     progress.phase('running the last checkpoint on the val set')
     evaluation = run.folder / 'evaluation'
     evaluation.mkdir(exist_ok=True)
-    write_atomically(evaluation / 'config.py', _val_config(comparison, run).pretty_text)
+    write_text(evaluation / 'config.py', _val_config(comparison, run).pretty_text)
     run_training(tools.command('test', evaluation / 'config.py', checkpoint, '--work-dir', evaluation),
                  evaluation, progress.line)
     progress.phase('scoring its detections')
@@ -138,7 +138,7 @@ def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress
         scores[metric], matches = score_detections(comparison.annotations(), run.folder / f'detections.{metric}.json',
                                                    metric, comparison.classes)
         matches.save(run.folder / f'matches_{metric}.npz')
-    write_atomically(run.folder / 'scores.json', json.dumps({m: asdict(s) for m, s in scores.items()}, indent=2))
+    write_text(run.folder / 'scores.json', json.dumps({m: asdict(s) for m, s in scores.items()}, indent=2))
     text = ', '.join(f'{metric} AP {each.ap:.3f}' for metric, each in scores.items())
     progress.done(run, text)
 

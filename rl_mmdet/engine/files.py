@@ -1,0 +1,27 @@
+"""Files that are there as a whole or not at all, and never in the place of the user's."""
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UserError
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a file beside ``path`` to write to, which takes its place when the block ends without an error."""
+    part = Path(f'{path}.part')
+    yield part
+    os.replace(part, path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, all of it or nothing."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding='utf-8')
+
+
+def check_new_file(path: str) -> None:
+    """Raise a UserError if something is in the place of a file that is to be written."""
+    if os.path.lexists(path):
+        raise UserError(f'{path}: exists already; name another file')

@@ -1,0 +1,30 @@
+"""Files that are there as a whole or not at all."""
+import pytest
+
+from rl_mmdet.engine import UserError, check_new_file, written_whole
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / 'file.txt'
+    path.write_text('old')
+    with written_whole(path) as part:
+        part.write_text('new')
+        assert path.read_text() == 'old'
+    assert path.read_text() == 'new'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_after_an_error_the_old_file_stays(tmp_path):
+    path = tmp_path / 'file.txt'
+    path.write_text('old')
+    with pytest.raises(ZeroDivisionError), written_whole(str(path)) as part:
+        part.write_text('ne')
+        1 / 0  # noqa: B018
+    assert path.read_text() == 'old'
+
+
+def test_whatever_is_in_the_place_of_a_new_file_is_named(tmp_path):
+    (tmp_path / 'link').symlink_to('nowhere')
+    with pytest.raises(UserError, match='link: exists already; name another file'):
+        check_new_file(str(tmp_path / 'link'))
+    check_new_file(str(tmp_path / 'free'))
