@@ -1,13 +1,10 @@
 """Compare variants of a detector with its baseline: train, evaluate, measure, and write one report."""
 import argparse
-import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 from mmengine.config import DictAction
-from rich.console import Console
 
 from rl_mmdet import engine
 from rl_mmdet.analysis import compare
@@ -38,14 +35,8 @@ def parse_args() -> argparse.Namespace:
 
 @engine.tool
 def main() -> None:
-    os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # else torch's profiler complains about a GPU that isn't there
     args = parse_args()
     folder = Path(args.work_dir)
-    console, start = Console(soft_wrap=True, highlight=False), time.monotonic()
-
-    def say(line: str) -> None:
-        console.print(f'{time.monotonic() - start:6.0f} s  {line}', markup=False)
-
     tools = compare.Tools(Path(__file__).parent, args.launcher, args.processes)
     if args.report_only:
         comparison = compare.Comparison(folder)
@@ -53,15 +44,8 @@ def main() -> None:
         comparison = compare.plan_comparison(
             folder, args.configs, compare.parse_variants(args.variant), args.seeds, args.cfg_options,
             allow_pickle=args.allow_pickle, command=shlex.join(['python', *sys.argv]))
-    report = Path(args.report_dir or folder)
-    try:
-        with compare.only_one(folder):
-            contents = compare.carry_out(comparison, tools, report, say, measure_costs=not args.report_only,
-                                         train=not (args.cost_only or args.report_only), allow_pickle=args.allow_pickle)
-    except KeyboardInterrupt:
-        say('start it again to go on from the last checkpoint')
-        raise
-    compare.print_result(contents, report, console)
+    compare.run_in_terminal(comparison, tools, Path(args.report_dir or folder), measure_costs=not args.report_only,
+                            train=not (args.cost_only or args.report_only), allow_pickle=args.allow_pickle)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,6 @@
 """The main job in small: compare a detector and its Replacement-Learning twin on digit scenes."""
 import argparse
-import os
-import time
 from pathlib import Path
-
-from rich.console import Console
 
 from rl_mmdet import engine
 from rl_mmdet.analysis import compare
@@ -23,22 +19,8 @@ def parse_args() -> argparse.Namespace:
 
 @engine.tool
 def main() -> None:
-    os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # else torch's profiler complains about a GPU that isn't there
-    args = parse_args()
-    folder, start = Path(args.work_dir), time.monotonic()
-    console = Console(soft_wrap=True, highlight=False)
-
-    def say(line: str) -> None:
-        console.print(f'[{time.monotonic() - start:4.0f} s] {line}', markup=False)
-
-    try:
-        comparison = compare.plan_comparison(folder, CONFIGS, seeds=1)
-        with compare.only_one(folder):
-            contents = compare.carry_out(comparison, compare.Tools(ROOT / 'tools'), folder, say)
-    except KeyboardInterrupt:
-        say('start it again to go on from the last checkpoint')
-        raise
-    compare.print_result(contents, folder, console)
+    folder = Path(parse_args().work_dir)
+    compare.run_in_terminal(compare.plan_comparison(folder, CONFIGS, seeds=1), compare.Tools(ROOT / 'tools'), folder)
 
 
 if __name__ == '__main__':

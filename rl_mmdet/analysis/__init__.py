@@ -1,8 +1,9 @@
 """What a model costs, and how runs compare."""
 from ..replacement.flops import count_flops
+from ..replacement.saved_bytes import saved_bytes
 from .blocks import block_table
 from .choose_blocks import choose_blocks, error_table
-from .cost import peak_memory, saved_bytes, trainable_parameters
+from .cost import peak_memory, trainable_parameters
 from .step_time import ratios_to, seconds_in_turn
 from .training_run import TrainingCost, run_training
 from .training_step import TrainingStep, backbone_step, counted_regions, detector_step

@@ -16,13 +16,13 @@ from .options import (
     enable_visualization_,
     set_resume_,
 )
-from .preflight import build_model, check_testing, check_training
+from .preflight import build_model, check_testing, check_training, inspect_training, prepare_files
 
 __all__ = [
     'FiniteLossHook', 'LogCoefficientsHook', 'NonFiniteLossError', 'RLLayerDecayOptimWrapperConstructor',
-    'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'UserError', 'add_rl_defaults_', 'build_model', 'build_runner',
-    'check_checkpoint', 'check_new_file', 'check_out_file', 'check_testing', 'check_training', 'config_arguments',
-    'dump_predictions_', 'enable_amp_', 'enable_auto_scale_lr_', 'enable_tta_', 'enable_visualization_', 'load_config',
-    'read_checkpoint', 'run_arguments', 'set_local_rank', 'set_resume_', 'tool', 'write_text',
-    'written_whole',
+    'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'UserError', 'add_rl_defaults_', 'build_model',
+    'build_runner', 'check_checkpoint', 'check_new_file', 'check_out_file', 'check_testing', 'check_training',
+    'config_arguments', 'dump_predictions_', 'enable_amp_', 'enable_auto_scale_lr_', 'enable_tta_',
+    'enable_visualization_', 'inspect_training', 'load_config', 'prepare_files', 'read_checkpoint', 'run_arguments',
+    'set_local_rank', 'set_resume_', 'tool', 'write_text', 'written_whole',
 ]

@@ -43,6 +43,17 @@ def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle
     Raises:
         UserError: the first mistake found. At most an empty work dir has been written then.
     """
+    found = inspect_training(cfg, ignore_keys=ignore_keys, allow_pickle=allow_pickle)
+    prepare_files(cfg, 'train', 'val')
+    return found
+
+
+def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> Preflight:
+    """The part of :func:`check_training` that leaves data and work dir alone: model and checkpoints.
+
+    Raises:
+        UserError: the first mistake found.
+    """
     model = build_model(cfg)
     _check_distributed(cfg, model)
     found = Preflight(replacements=_replacement_reports(model))
@@ -57,7 +68,6 @@ def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle
     if source:
         with _named(source):
             found.checkpoints[source] = str(check_checkpoint(model, source.split('=', 1)[1], **load))
-    _check_files(cfg, 'train', 'val')
     return found
 
 
@@ -74,7 +84,7 @@ def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -
         raise UserError(f'checkpoint: {checkpoint} has weights for {len(report.fits)} blocks that the config replaces '
                         f'({", ".join(list(report.fits)[:3])}): it is a baseline\'s; test it with the baseline\'s '
                         'config, or train from it with load_from')
-    _check_files(cfg, 'test')
+    prepare_files(cfg, 'test')
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -120,8 +130,12 @@ def check_work_dir(path: str) -> None:
         raise UserError(f'--work-dir {path}: can\'t be written ({error.strerror})') from None
 
 
-def _check_files(cfg: Config, *phases: str) -> None:
-    """Look at everything that is read before the work dir is made, and at the work dir before any data is."""
+def prepare_files(cfg: Config, *phases: str) -> None:
+    """Check the data of some phases, then the work dir, which is made; then make data that is made on first use.
+
+    Raises:
+        UserError: the first mistake found.
+    """
     for phase in phases:
         check_data(cfg, phase)
     check_work_dir(cfg.work_dir)

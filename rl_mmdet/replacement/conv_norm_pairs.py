@@ -91,7 +91,7 @@ class _Search:
     def look_at_other_ways(self, path: str, root: nn.Module) -> None:
         """Trace the other ways forward of all modules; where that isn't possible, nothing inside is taken."""
         for name, module in root.named_modules():
-            for way in other_ways_forward(module):
+            for way in other_ways_forward(type(module)):
                 if not isinstance(getattr(type(module), way), FunctionType):
                     continue
                 graph = self._trace(module, way)

@@ -26,6 +26,13 @@ class Fit:
     residual: float
 
 
+def residual(targets: dict[str, Tensor], made: dict[str, Tensor]) -> float:
+    """How far ``made`` is from ``targets``, as a :class:`Fit` has it."""
+    error = sum((target.double() - made[name].double()).square().sum() for name, target in targets.items())
+    size = sum(target.double().square().sum() for target in targets.values())
+    return (error / size).sqrt().item() if size > 0 else 0.
+
+
 class Fusion:
     r"""What all fusions share: a mixture :math:`a·θ_p + b·θ_n`, whose :math:`(a, b)` is common to a group of entries.
 
@@ -102,10 +109,7 @@ class Fusion:
             start['coeff'] = self._least_squares({n: t.double() for n, t in targets.items()}, double, shapes)
         made = {name: _mix(a, b, double[name]) for name, (a, b) in self._pairs_of(start['coeff'], shapes)
                 if name in pairs}
-        error = sum((targets[n].double() - made[n]).square().sum() for n in pairs)
-        size = sum(targets[n].double().square().sum() for n in pairs)
-        residual = (error / size).sqrt().item() if size > 0 else 0.0
-        return Fit({name: value.to(like.dtype) for name, value in start.items()}, residual)
+        return Fit({name: value.to(like.dtype) for name, value in start.items()}, residual(targets, made))
 
     def _start(self, shapes: dict[str, Shape]) -> dict[str, Tensor]:
         """Start values in float64: the average of the neighbours, times 2·init."""
@@ -176,16 +180,16 @@ class OwnWeights(ScalarFusion):
     dict doesn't start its replaced blocks; with ``FullBlock`` the model is the baseline itself.
 
     Args:
+        init, adapt: see :class:`Fusion`.
         learn: False fixes these weights, and the affine parameters of norms with them, as they were initialised or
             loaded; running statistics go on. From scratch mmdet's ResNet starts the last norm of every block at zero
             (``zero_init_residual``), and such a block would stay the identity.
-        init, adapt: see :class:`Fusion`.
 
     Raises:
         TypeError: ``learn`` isn't a bool.
     """
 
-    def __init__(self, learn: bool = True, init: float = 0.5, adapt: bool = False) -> None:
+    def __init__(self, init: float = 0.5, adapt: bool = False, *, learn: bool = True) -> None:
         super().__init__(init=init, adapt=adapt)
         if not isinstance(learn, bool):
             raise TypeError(f'OwnWeights: learn must be True or False, got {learn!r}')

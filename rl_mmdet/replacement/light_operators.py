@@ -32,7 +32,7 @@ class LightOperator(Operator):
 
     def why_not(self, block: nn.Module) -> str | None:
         name = f'{type(self).__name__} can\'t stand for a {type(block).__name__}'
-        ways = other_ways_forward(block)
+        ways = other_ways_forward(type(block))
         if ways:
             return f'{name}, which its backbone also runs by {ways[0]}(); FullBlock can'
         reason = self._misfit(block)

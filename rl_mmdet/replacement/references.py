@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .block_parts import keeps_its_shape, mlp, other_ways_forward
-from .fusions import Fit, Fusion, Pair
+from .fusions import Fit, Fusion, Pair, residual
 from .operators import Operator
 from .registry import FUSIONS, OPERATORS
 from .resize import Shape
@@ -48,10 +48,7 @@ class SharedWeights(Fusion):
 
     @torch.no_grad()
     def fit(self, targets: dict[str, Tensor], pairs: dict[str, Pair], shapes: dict[str, Shape] | None = None) -> Fit:
-        made = self.fuse({}, pairs)
-        error = sum((targets[name].double() - made[name].double()).square().sum() for name in pairs)
-        size = sum(targets[name].double().square().sum() for name in pairs)
-        return Fit({}, (error / size).sqrt().item() if size > 0 else 0.)
+        return Fit({}, residual(targets, self.fuse({}, pairs)))
 
     def _settings(self) -> str:
         return f'side={self.side!r}' + (', adapt=True' if self.adapt else '')
@@ -85,7 +82,7 @@ class StochasticDepth(Operator):
 
     def why_not(self, block: nn.Module) -> str | None:
         name = f'StochasticDepth can\'t leave out a {type(block).__name__}'
-        ways = other_ways_forward(block)
+        ways = other_ways_forward(type(block))
         if ways:
             return f'{name}, which its backbone also runs by {ways[0]}()'
         if mlp(block) is None and not keeps_its_shape(block):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from rl_mmdet.engine import UserError, build_model, check_testing, check_training, load_config
+from rl_mmdet.engine import UserError, build_model, check_testing, check_training, inspect_training, load_config
 
 K2 = "model = dict(backbone=dict(base_channels=4, replacement=dict({})), neck=dict(in_channels=[4, 8, 16, 32]))"
 
@@ -82,6 +82,12 @@ def test_pretrained_backbone_is_checked_and_reported(tiny, tmp_path):
     found = check_training(tiny(f"model = dict(backbone=dict(base_channels=4, init_cfg={init}), "
                                 "neck=dict(in_channels=[4, 8, 16, 32]))"))
     assert 'used for initialisation: 5 removed blocks' in '\n'.join(found.lines())
+
+
+def test_inspecting_reports_the_replacement_and_writes_nothing(tiny, tmp_path):
+    found = inspect_training(tiny())
+    assert '5 of 16 blocks replaced' in '\n'.join(found.lines())
+    assert sorted(os.listdir(tmp_path)) == ['tiny_atss_rl-r34-k2_fpn_digits.py']
 
 
 def test_testing_a_baseline_checkpoint_with_a_replaced_config_is_refused(tiny, tmp_path):

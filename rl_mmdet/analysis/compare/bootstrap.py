@@ -7,7 +7,22 @@ import numpy as np
 from .coco_scores import Matches
 
 RECALLS = np.linspace(0, 1, 101)
+LEVEL = 0.95
 CHUNK_BYTES = 2 ** 22  # of one class at a time; more than fits the cache is slower
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """AP of one run on B sets of images that are drawn from the val images with repetition.
+
+    Args:
+        precision: (1 + B,) AP from 0 to 1, on the val images as they are first; NaN where no object is drawn.
+        objects: (images, classes) number of objects to be found in the val images.
+        seed: of the draws.
+    """
+    precision: np.ndarray
+    objects: np.ndarray
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -63,8 +78,28 @@ def average_precision(matches: Matches, counts: np.ndarray | None = None) -> np.
     return np.divide(sums, classes, out=np.full(len(counts), np.nan), where=classes > 0)
 
 
-def paired_bootstrap(reference: Sequence[Matches], other: Sequence[Matches], resamples: int = 1000,
-                     level: float = 0.95, seed: int = 0) -> Interval:
+def resampled_precision(matches: Matches, resamples: int = 1000, seed: int = 0) -> Resampled:
+    """AP of one run for :func:`paired_interval`: the same seed draws the same images for every run.
+
+    Args:
+        matches: of all images.
+        resamples: number of sets of images to draw, each of as many images as there are.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if there is no object to find, or if ``resamples`` is below 1.
+    """
+    if not matches.objects.any():
+        raise ValueError('the val images have no object to find, so there is no AP to compare')
+    if resamples < 1:
+        raise ValueError(f'resamples must be at least 1, got {resamples}')
+    images = len(matches.objects)
+    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    counts = np.vstack([np.ones((1, images), dtype=draws.dtype), draws])
+    return Resampled(average_precision(matches, counts), matches.objects, seed)
+
+
+def paired_interval(reference: Sequence[Resampled], other: Sequence[Resampled], level: float = LEVEL) -> Interval:
     r"""Percentile interval of the difference of mean AP over the runs of two detectors.
 
     .. math:: d(w) = \frac{1}{|O|} \sum_{m \in O} AP(m, w) - \frac{1}{|R|} \sum_{m \in R} AP(m, w), \qquad
@@ -76,41 +111,34 @@ def paired_bootstrap(reference: Sequence[Matches], other: Sequence[Matches], res
     how much AP varies between trainings is not part of the interval.
 
     Args:
-        reference: matches R of one detector, one per run.
-        other: matches O of the detector compared with it, one per run, on the same images and classes.
-        resamples: number B of sets of images to draw; those without any object are left out.
+        reference: AP of one detector, one per run m in R.
+        other: AP of the detector compared with it, one per run m in O, on the same draws of the same images and
+            classes. Draws without any object are left out.
         level: share of such intervals that should hold the true difference, between 0 and 1.
-        seed: of the draws.
 
     Raises:
-        ValueError: if a side has no runs, if images or classes differ, if there is no object to find, or if
-            ``resamples`` or ``level`` is out of range.
+        ValueError: if a side has no runs, if images, classes or draws differ, or if ``level`` is out of range.
     """
-    _check(reference, other, resamples, level)
-    images = len(reference[0].objects)
-    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
-    counts = np.vstack([np.ones((1, images), dtype=draws.dtype), draws])
-    difference = (np.mean([average_precision(matches, counts) for matches in other], axis=0)
-                  - np.mean([average_precision(matches, counts) for matches in reference], axis=0))
+    _check(reference, other, level)
+    difference = (np.mean([run.precision for run in other], axis=0)
+                  - np.mean([run.precision for run in reference], axis=0))
     low, high = np.nanquantile(difference[1:], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(difference[0]), float(low), float(high), level, resamples)
+    return Interval(float(difference[0]), float(low), float(high), level, len(difference) - 1)
 
 
-def _check(reference: Sequence[Matches], other: Sequence[Matches], resamples: int, level: float) -> None:
+def _check(reference: Sequence[Resampled], other: Sequence[Resampled], level: float) -> None:
     for name, runs in (('reference', reference), ('other', other)):
         if not runs:
-            raise ValueError(f'{name} has no runs; give the matches of at least one')
-    objects = reference[0].objects
+            raise ValueError(f'{name} has no runs; give the AP of at least one')
+    first = reference[0]
     for name, runs in (('reference', reference), ('other', other)):
-        for index, matches in enumerate(runs):
-            if not np.array_equal(matches.objects, objects):
+        for index, run in enumerate(runs):
+            if not np.array_equal(run.objects, first.objects):
                 raise ValueError(f'{name}[{index}] is of other images or classes than reference[0] (objects to find: '
-                                 f'{_summary(matches.objects)} against {_summary(objects)}); score all runs on the '
+                                 f'{_summary(run.objects)} against {_summary(first.objects)}); score all runs on the '
                                  'same annotations and classes')
-    if not objects.any():
-        raise ValueError('the val images have no object to find, so there is no AP to compare')
-    if resamples < 1:
-        raise ValueError(f'resamples must be at least 1, got {resamples}')
+            if (run.seed, len(run.precision)) != (first.seed, len(first.precision)):
+                raise ValueError(f'{name}[{index}] is of other draws than reference[0]; resample all runs alike')
     if not 0 < level < 1:
         raise ValueError(f'level must lie between 0 and 1, got {level}')
 

@@ -1,4 +1,6 @@
 """A comparison from its trainings to its report."""
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from .contents import Contents, collect
 from .cost_record import measure
 from .in_short import in_short
 from .report import write_report
-from .runs import Tools, train_all
+from .runs import Tools, only_one, train_all
 from .tables import rich_table, summary_table
 
 
@@ -40,12 +42,33 @@ def carry_out(comparison: Comparison, tools: Tools, report: Path, say: Callable[
     return contents
 
 
-def print_result(contents: Contents, report: Path, console: Console) -> None:
-    """Show the summary in a terminal.
+def run_in_terminal(comparison: Comparison, tools: Tools, report: Path, **parts: bool) -> None:
+    """Carry a comparison out, with its progress and its summary shown in a terminal.
+
+    Args:
+        comparison, tools, report: see :func:`carry_out`.
+        parts: its ``train``, ``measure_costs`` and ``allow_pickle``.
 
     Raises:
-        UserError: a training or a measurement failed; it names which, and why in a line.
+        UserError: another process is at work in the folder, or a training or a measurement failed; it names which,
+            and why in a line.
     """
+    os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # else torch's profiler complains about a GPU that isn't there
+    console, start = Console(soft_wrap=True, highlight=False), time.monotonic()
+
+    def say(line: str) -> None:
+        console.print(f'{time.monotonic() - start:6.0f} s  {line}', markup=False)
+
+    try:
+        with only_one(comparison.folder):
+            contents = carry_out(comparison, tools, report, say, **parts)
+    except KeyboardInterrupt:
+        say('start it again to go on from the last checkpoint')
+        raise
+    _print_result(contents, report, console)
+
+
+def _print_result(contents: Contents, report: Path, console: Console) -> None:
     console.print(rich_table(summary_table(contents)))
     for sentence in in_short(contents):
         console.print(sentence, markup=False)

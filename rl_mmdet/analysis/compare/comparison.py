@@ -5,15 +5,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import init_default_scope
+from torch.utils.data import Dataset
 
-from ...engine import UserError, add_rl_defaults_, build_model, check_training, load_config, write_text
+from ...engine import UserError, add_rl_defaults_, inspect_training, load_config, prepare_files, write_text
 from ...engine.config import uses_replacement
 from .same_question import check_evaluation, check_same_question, coco_evaluator, differences, metrics_of
 
@@ -86,11 +87,15 @@ class Comparison:
 
     def metrics(self) -> list[str]:
         """``'bbox'``, ``'segm'`` or both."""
-        return metrics_of(self.config(self.baseline))
+        return metrics_of(self._baseline_config)
 
     def annotations(self) -> Path:
         """The val set's annotation file."""
-        return Path(coco_evaluator(self.config(self.baseline))['ann_file'])
+        return Path(coco_evaluator(self._baseline_config)['ann_file'])
+
+    @cached_property
+    def _baseline_config(self) -> Config:
+        return self.config(self.baseline)
 
 
 def plan_comparison(folder: Path, configs: Sequence[str],
@@ -106,7 +111,7 @@ def plan_comparison(folder: Path, configs: Sequence[str],
         variants: variants by name, each as changes of the baseline's config by dotted key.
         seeds: trainings of each variant, with the seeds 0, 1, ...
         options: changes of all configs.
-        allow_pickle: see :func:`rl_mmdet.engine.check_training`.
+        allow_pickle: see :func:`rl_mmdet.engine.inspect_training`.
         command: what the user typed, to be kept for the report.
 
     Raises:
@@ -126,7 +131,8 @@ def plan_comparison(folder: Path, configs: Sequence[str],
     check_evaluation(found[first][1])
     for name in others:
         check_same_question(found[first][1], found[name][1], name)
-    for check in (build_model, partial(check_training, allow_pickle=allow_pickle)):  # the second makes the folder
+    for check in (lambda cfg: inspect_training(cfg, allow_pickle=allow_pickle),
+                  lambda cfg: prepare_files(cfg, 'train', 'val')):  # which makes the folder
         for variant, cfg in found.values():
             try:
                 check(copy.deepcopy(cfg))  # building a model changes its config
@@ -140,11 +146,18 @@ def plan_comparison(folder: Path, configs: Sequence[str],
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, _text(cfg))
     commands = record['commands'] if record else []
-    content = dict(format=FORMAT, classes=_classes(found[first][1]), seeds=max(seeds, record['seeds'] if record else 0),
+    content = dict(format=FORMAT, classes=list(val_dataset(found[first][1]).metainfo['classes']),
+                   seeds=max(seeds, record['seeds'] if record else 0),
                    variants=before + [vars(variant) for variant in new],
                    commands=commands + ([command] if command and command not in commands else []))
     write_text(folder / 'comparison.json', json.dumps(content, indent=2))
     return Comparison(folder)
+
+
+def val_dataset(cfg: Config) -> Dataset:
+    """The val set as it is before its annotations are read."""
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
+    return DATASETS.build(dict(cfg.val_dataloader.dataset, lazy_init=True))
 
 
 def parse_variants(given: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
@@ -221,12 +234,6 @@ def _check_folder(folder: Path, record: dict[str, Any] | None, found: dict[str, 
                                 f'{new!r}; give another folder')
     for _, cfg in found.values():
         cfg.work_dir = str(folder)
-
-
-def _classes(cfg: Config) -> list[str]:
-    """The val set's class names."""
-    init_default_scope(cfg.get('default_scope') or 'mmdet')
-    return list(DATASETS.build(dict(cfg.val_dataloader.dataset, lazy_init=True)).metainfo['classes'])
 
 
 def _text(cfg: Config) -> str:

@@ -1,11 +1,14 @@
 """What a report holds: everything that a comparison found, read from its folder, as it goes into report.json."""
+import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..training_run import TrainingCost
+from .bootstrap import Resampled, paired_interval, resampled_precision
 from .coco_scores import Scores
 from .comparison import Comparison, Run
 from .cost_record import environment, read_costs
@@ -113,7 +116,8 @@ def collect(comparison: Comparison) -> Contents:
     record = read_costs(comparison.folder)
     runs = {run: _run_result(comparison, run) for run in comparison.runs()}
     metrics = comparison.metrics()
-    variants = [_variant_result(comparison, runs, each, metrics, record.costs.get(each.name))
+    resampled = functools.cache(lambda run, metric: resampled_precision(matches_of(run, metric)))
+    variants = [_variant_result(comparison, runs, each, metrics, record.costs.get(each.name), resampled)
                 for each in comparison.variants]
     finished = [run for run, result in runs.items() if result.status == 'finished']
     objects = matches_of(finished[0], metrics[0]).objects if finished else None
@@ -137,7 +141,7 @@ def _run_result(comparison: Comparison, run: Run) -> RunResult:
 
 
 def _variant_result(comparison: Comparison, runs: dict[Run, RunResult], variant: Any, metrics: list[str],
-                    cost: Cost | str | None) -> VariantResult:
+                    cost: Cost | str | None, resampled: Callable[[Run, str], Resampled]) -> VariantResult:
     own, reference = ({run: result for run, result in runs.items()
                        if run.variant == name and result.status == 'finished'}
                       for name in (variant.name, comparison.baseline))
@@ -149,9 +153,13 @@ def _variant_result(comparison: Comparison, runs: dict[Run, RunResult], variant:
         found.per_class[metric] = {name: _mean([each.per_class[name] for each in scores])
                                    for name in scores[0].per_class}
         if variant.name != comparison.baseline and reference and found.scores[metric]['ap'] is not None:
+            images = None
+            if min(len(reference), len(own)) > 1:
+                images = paired_interval([resampled(run, metric) for run in reference],
+                                         [resampled(run, metric) for run in own])
             found.difference[metric] = difference(
                 _spread_of([result.scores[metric] for result in reference.values()], 'ap'), found.scores[metric]['ap'],
-                [matches_of(run, metric) for run in reference], [matches_of(run, metric) for run in own])
+                images)
     return found
 
 

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from .bootstrap import Interval, paired_bootstrap
-from .coco_scores import Matches
-
-LEVEL = 0.95
+from .bootstrap import LEVEL, Interval
 
 
 @dataclass(frozen=True)
@@ -60,18 +57,16 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, list(values))
 
 
-def difference(reference: Spread, other: Spread, reference_matches: Sequence[Matches],
-               other_matches: Sequence[Matches]) -> Difference:
+def difference(reference: Spread, other: Spread, images: Interval | None = None) -> Difference:
     """Compare the AP of two detectors, each trained with several seeds.
 
     Args:
         reference, other: their AP.
-        reference_matches, other_matches: what these were computed from, one for each seed.
+        images: interval of their difference over the val images; None with one seed on a side.
     """
     mean = other.mean - reference.mean
-    if min(len(reference.values), len(other.values)) < 2:
+    if images is None:
         return Difference(mean)
-    images = paired_bootstrap(reference_matches, other_matches, level=LEVEL)
     low, high = welch_interval(reference, other)
     verdict = 'better' if min(low, images.low) > 0 else 'worse' if max(high, images.high) < 0 else 'open'
     return Difference(mean, images, low, high, verdict)

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from mmdet.registry import DATASETS
 from mmengine.dataset import BaseDataset
-from mmengine.registry import init_default_scope
 
 from ..picture import Boxes, Panel, side_by_side
 from .coco_scores import Matches
-from .comparison import Comparison, Run
+from .comparison import Comparison, Run, val_dataset
 from .contents import Contents
 from .runs import matches_of
 
@@ -131,9 +129,7 @@ def _comparable_runs(comparison: Comparison, contents: Contents) -> dict[str, tu
 
 def _image_folder(comparison: Comparison) -> Path | None:
     """Where the val images are; None if the dataset has them in several places."""
-    cfg = comparison.config(comparison.baseline)
-    init_default_scope(cfg.get('default_scope') or 'mmdet')
-    dataset = DATASETS.build(dict(cfg.val_dataloader.dataset, lazy_init=True))
+    dataset = val_dataset(comparison.config(comparison.baseline))
     if not isinstance(dataset, BaseDataset) or 'img' not in dataset.data_prefix:
         return None
     return Path(dataset.data_prefix['img'])

@@ -84,7 +84,7 @@ def train_all(comparison: Comparison, tools: Tools, say: Say) -> list[Run]:
     failed = []
     for run in runs:
         if scores_of(run) is not None:
-            progress.done(run, 'finished before')
+            progress.done(run, 'finished before', trained=False)
             continue
         complaint = run.folder / 'error.txt'
         complaint.unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def train_all(comparison: Comparison, tools: Tools, say: Say) -> list[Run]:
         except UserError as error:
             write_text(complaint, f'{error}\n')
             failed.append(run)
-            progress.done(run, f'FAILED, the others go on: {str(error).splitlines()[-1]}')
+            progress.done(run, f'FAILED, the others go on: {str(error).splitlines()[-1]}', trained=False)
     return failed
 
 
@@ -133,14 +133,23 @@ def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress
     run_training(tools.command('test', evaluation / 'config.py', checkpoint, '--work-dir', evaluation),
                  evaluation, progress.line)
     progress.phase('scoring its detections')
+    scores = _score(comparison, run)
+    write_text(run.folder / 'scores.json', json.dumps({m: asdict(s) for m, s in scores.items()}, indent=2))
+    text = ', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}' for metric, each in scores.items())
+    progress.done(run, text, trained=True)
+
+
+def _score(comparison: Comparison, run: Run) -> dict[str, Scores]:
+    """The scores of the run's detections by metric; what AP is computed from is saved."""
     scores = {}
     for metric in comparison.metrics():
-        scores[metric], matches = score_detections(comparison.annotations(), run.folder / f'detections.{metric}.json',
-                                                   metric, comparison.classes)
+        detections = run.folder / f'detections.{metric}.json'
+        try:
+            scores[metric], matches = score_detections(comparison.annotations(), detections, metric, comparison.classes)
+        except (ValueError, OSError) as error:
+            raise UserError(f'the {metric} detections can\'t be scored: {error}') from error
         matches.save(run.folder / f'matches_{metric}.npz')
-    write_text(run.folder / 'scores.json', json.dumps({m: asdict(s) for m, s in scores.items()}, indent=2))
-    text = ', '.join(f'{metric} AP {each.ap:.3f}' for metric, each in scores.items())
-    progress.done(run, text)
+    return scores
 
 
 def _val_config(comparison: Comparison, run: Run) -> Config:
@@ -178,11 +187,12 @@ class _Progress:
             self.spoken = time.monotonic()
             self.phase(f'{_short(text)}{self._left(text)}')
 
-    def done(self, run: Run, text: str) -> None:
+    def done(self, run: Run, text: str, trained: bool) -> None:
+        """``trained``: whether the time that it took tells how long the others will take."""
         self.run = run
         self.phase(text)
         self.finished += 1
-        if not text.startswith('finished before') and 'FAILED' not in text:
+        if trained:
             self.seconds.append(time.monotonic() - self.start)
 
     def _left(self, text: str) -> str:

@@ -18,7 +18,8 @@ from ...engine import UserError, build_model, check_checkpoint, read_checkpoint
 from ...models.layouts import state_dict_of
 from ...replacement import materialize
 from ...replacement.flops import count_flops
-from ..cost import peak_memory, saved_bytes, trainable_parameters
+from ...replacement.saved_bytes import saved_bytes
+from ..cost import peak_memory, trainable_parameters
 from ..zoo.configs import without_synchronisation
 
 PEAK_OF = {'cuda': "torch's CUDA allocator", 'cpu': "torch's CPU allocator"}

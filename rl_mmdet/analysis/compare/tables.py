@@ -34,7 +34,7 @@ class Table:
 
 def tables(contents: Contents) -> list[Table]:
     """All tables of a report that have anything in them, the summary first."""
-    scored = [metric for metric in contents.metrics if any(variant.scores for variant in contents.variants)]
+    scored = _scored(contents)
     found = [summary_table(contents)]
     found += [_precision_table(contents, metric) for metric in scored]
     if contents.baseline.cost is not None:
@@ -47,7 +47,7 @@ def tables(contents: Contents) -> list[Table]:
 
 def summary_table(contents: Contents) -> Table:
     """What matters most, a row for each variant."""
-    scored = [metric for metric in contents.metrics if any(variant.scores for variant in contents.variants)]
+    scored = _scored(contents)
     columns = {} if contents.baseline.cost is None else _main_columns(contents.baseline.cost)
     rows = []
     for variant in contents.variants:
@@ -59,6 +59,11 @@ def summary_table(contents: Contents) -> Table:
     titles = [title for metric in scored for title in (TITLES[metric], 'less baseline')]
     return Table('At a glance', ['variant', *titles, *columns], rows, 'AP: mean ± standard deviation over seeds. In '
                  'brackets: over the baseline\'s; behind times the range of the rounds.')
+
+
+def _scored(contents: Contents) -> list[str]:
+    """The metrics, if any training has its scores."""
+    return contents.metrics if any(variant.scores for variant in contents.variants) else []
 
 
 def _main_columns(baseline: Cost) -> dict[str, Callable[[Cost], Cell]]:

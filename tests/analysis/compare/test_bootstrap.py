@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rl_mmdet.analysis.compare.bootstrap import average_precision, paired_bootstrap
+from rl_mmdet.analysis.compare.bootstrap import average_precision, paired_interval, resampled_precision
 from rl_mmdet.analysis.compare.coco_scores import score_detections
 
 CLASSES = ('cat', 'dog', 'absent')
@@ -71,6 +71,12 @@ def detectors(tmp_path):
             for noise in (1, 6)]
 
 
+def interval(reference, other, level=0.95, **settings):
+    """The interval for matches, each run of them resampled."""
+    return paired_interval(*([resampled_precision(run, **settings) for run in side] for side in (reference, other)),
+                           level=level)
+
+
 def test_average_precision_is_that_of_pycocotools(data, tmp_path):
     scores, matches = scored(tmp_path, *data, range(IMAGES))
     assert matches.ignored.any() and 0.05 < scores.ap < 0.95
@@ -114,26 +120,26 @@ def test_average_precision_refuses_counts_of_another_number_of_images(data, tmp_
 
 def test_difference_is_that_of_the_mean_ap_of_the_runs(detectors):
     good, bad = ([average_precision(run)[0] for run in runs] for runs in detectors)
-    assert paired_bootstrap(*detectors, resamples=10).difference == pytest.approx(np.mean(bad) - np.mean(good))
+    assert interval(*detectors, resamples=10).difference == pytest.approx(np.mean(bad) - np.mean(good))
 
 
 def test_interval_of_equal_runs_is_zero(detectors):
-    found = paired_bootstrap(detectors[0], detectors[0], resamples=50)
+    found = interval(detectors[0], detectors[0], resamples=50)
     assert (found.difference, found.low, found.high) == (0, 0, 0)
 
 
 def test_interval_of_equally_good_runs_holds_zero(detectors):
-    found = paired_bootstrap(detectors[0][:1], detectors[0][1:], resamples=200)
+    found = interval(detectors[0][:1], detectors[0][1:], resamples=200)
     assert found.low < 0 < found.high
 
 
 def test_interval_of_a_worse_detector_lies_below_zero(detectors):
-    found = paired_bootstrap(*detectors, resamples=200)
+    found = interval(*detectors, resamples=200)
     assert found.low < found.difference < found.high < 0
 
 
 def test_interval_of_swapped_sides_has_the_other_sign(detectors):
-    found, swapped = paired_bootstrap(*detectors, 100), paired_bootstrap(*detectors[::-1], 100)
+    found, swapped = interval(*detectors, resamples=100), interval(*detectors[::-1], resamples=100)
     assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low))
     assert swapped.difference == -found.difference
 
@@ -145,47 +151,61 @@ def test_interval_is_narrower_than_that_of_unpaired_draws(detectors):
     first, second = (average_precision(run, random.multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), 300))
                      for run in (good, alike))
     low, high = np.nanquantile(second - first, [0.025, 0.975])
-    found = paired_bootstrap([good], [alike], resamples=300, level=0.95)
+    found = interval([good], [alike], resamples=300, level=0.95)
     assert found.high - found.low < 0.8 * (high - low)
 
 
 def test_interval_names_its_settings(detectors):
-    found = paired_bootstrap(*detectors, resamples=30, level=0.9)
+    found = interval(*detectors, resamples=30, level=0.9)
     assert (found.resamples, found.level) == (30, 0.9)
 
 
 def test_interval_depends_on_the_seed_only(detectors):
-    first = paired_bootstrap(*detectors, resamples=50, seed=1)
-    assert paired_bootstrap(*detectors, resamples=50, seed=1) == first
-    assert paired_bootstrap(*detectors, resamples=50, seed=2) != first
+    first = interval(*detectors, resamples=50, seed=1)
+    assert interval(*detectors, resamples=50, seed=1) == first
+    assert interval(*detectors, resamples=50, seed=2) != first
 
 
 def test_interval_of_a_higher_level_is_wider(detectors):
-    wide, narrow = (paired_bootstrap(*detectors, resamples=200, level=level) for level in (0.99, 0.5))
+    wide, narrow = (interval(*detectors, resamples=200, level=level) for level in (0.99, 0.5))
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
 def test_other_images_are_refused(detectors):
     (run, _), _ = detectors
-    other = replace(run, objects=run.objects[:-1])
+    other = replace(run, objects=run.objects[::-1])
     with pytest.raises(ValueError, match=r'other\[1\] is of other images or classes'):
-        paired_bootstrap([run], [run, other])
+        interval([run], [run, other])
+
+
+@pytest.mark.parametrize('settings', [dict(seed=1), dict(resamples=20)])
+def test_other_draws_are_refused(detectors, settings):
+    run, _ = detectors[0]
+    with pytest.raises(ValueError, match=r'other\[0\] is of other draws'):
+        paired_interval([resampled_precision(run, 10)], [resampled_precision(run, **dict(resamples=10) | settings)])
+
+
+def test_resampled_precision_begins_with_the_images_as_they_are(detectors):
+    run, _ = detectors[0]
+    found = resampled_precision(run, 5).precision
+    assert found.shape == (6,)
+    assert found[0] == pytest.approx(average_precision(run)[0])
 
 
 @pytest.mark.parametrize('sides', [(0, 1), (1, 0)])
 def test_side_without_runs_is_refused(detectors, sides):
     with pytest.raises(ValueError, match='has no runs'):
-        paired_bootstrap(*(runs[:count] for runs, count in zip(detectors, sides, strict=True)))
+        interval(*(runs[:count] for runs, count in zip(detectors, sides, strict=True)))
 
 
 def test_images_without_objects_are_refused(detectors):
     (run, _), _ = detectors
     empty = replace(run, objects=np.zeros_like(run.objects))
     with pytest.raises(ValueError, match='no object to find'):
-        paired_bootstrap([empty], [empty])
+        interval([empty], [empty])
 
 
 @pytest.mark.parametrize('wrong', [dict(resamples=0), dict(level=1.0), dict(level=0.0)])
 def test_settings_out_of_range_are_refused(detectors, wrong):
     with pytest.raises(ValueError, match='|'.join(f'{name} must' for name in wrong)):
-        paired_bootstrap(*detectors, **wrong)
+        interval(*detectors, **wrong)

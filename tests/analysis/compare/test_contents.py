@@ -4,7 +4,8 @@ import statistics
 
 import pytest
 
-from rl_mmdet.analysis.compare import collect, in_short, plan_comparison, train_all
+from rl_mmdet.analysis.compare import collect, contents, in_short, plan_comparison, train_all
+from rl_mmdet.analysis.compare.bootstrap import paired_interval, resampled_precision
 from rl_mmdet.analysis.compare.differences import Spread, difference, welch_interval
 from rl_mmdet.analysis.compare.in_short import side, signed
 from rl_mmdet.analysis.compare.runs import matches_of, scores_of
@@ -39,6 +40,17 @@ def test_collect_averages_over_the_finished_runs(finished):
     assert list(worse.per_class['bbox']) == finished.classes
 
 
+def test_collect_resamples_each_run_once_where_two_seeds_are_finished(finished, monkeypatch):
+    resampled = []
+    monkeypatch.setattr(contents, 'resampled_precision', lambda matches: resampled.append(matches) or
+                        resampled_precision(matches, resamples=10))
+    monkeypatch.setattr(finished, 'variants', [*finished.variants, finished.variants[-1]])
+    *_, twin, worse, again = collect(finished).variants
+    assert len(resampled) == 4  # the baseline's two and those of 'worse'
+    assert twin.difference['bbox'].images is None
+    assert worse.difference == again.difference
+
+
 def test_collect_says_what_failed_and_why(finished):
     states = {(run.variant, run.seed): run for run in collect(finished).runs}
     assert states['twin', 1].status == 'failed'
@@ -64,10 +76,11 @@ def test_report_json_is_plain_json(finished, tmp_path):
 
 
 def test_verdict_needs_both_intervals(finished):
-    runs = {name: [matches_of(run, 'bbox') for run in finished.runs() if run.variant == name and run.seed == 0]
-            for name in ('base', 'twin')}
-    sure = difference(Spread(1., .001, [1., 1.]), Spread(.5, .001, [.5, .5]), runs['base'], runs['twin'])
-    open_ = difference(Spread(1., .4, [1., 1.]), Spread(.5, .4, [.5, .5]), runs['base'], runs['twin'])
+    base, twin = ([resampled_precision(matches_of(run, 'bbox')) for run in finished.runs()
+                   if run.variant == name and run.seed == 0] for name in ('base', 'twin'))
+    images = paired_interval(base, twin)
+    sure = difference(Spread(1., .001, [1., 1.]), Spread(.5, .001, [.5, .5]), images)
+    open_ = difference(Spread(1., .4, [1., 1.]), Spread(.5, .4, [.5, .5]), images)
     assert sure.images.high < 0
     assert (sure.verdict, open_.verdict) == ('worse', 'open')
     assert open_.low < sure.images.low < open_.high

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rl_mmdet.analysis.compare import Tools, only_one, train_all
+from rl_mmdet.analysis.compare import Tools, collect, only_one, train_all
+from rl_mmdet.analysis.compare.report import write_report
 from rl_mmdet.analysis.compare.runs import checkpoint_of, matches_of, scores_of
 from rl_mmdet.engine import UserError
 
@@ -91,6 +92,41 @@ def test_a_training_without_checkpoint_is_a_failure(comparison, tools):
     (tools.folder / 'train.py').write_text('')
     assert len(train_all(comparison, tools, str)) == 4
     assert 'left no checkpoint' in (comparison.runs()[0].folder / 'error.txt').read_text()
+
+
+def test_detections_that_cannot_be_scored_are_a_failure_in_one_line(comparison, tools):
+    comparison.classes = [*comparison.classes, 'ten']
+    said = []
+    assert len(train_all(comparison, tools, said.append)) == 4
+    complaint = (comparison.runs()[0].folder / 'error.txt').read_text()
+    assert complaint.startswith("the bbox detections can't be scored: classes ['ten'] are not among the categories")
+    assert complaint.count('\n') == 1
+    assert f'[1/4] base, seed 0: FAILED, the others go on: {complaint.strip()}' in said
+    assert collect(comparison).runs[0].status == 'failed'
+
+
+def test_detections_that_were_not_written_are_a_failure(comparison, tools):
+    (tools.folder / 'test.py').write_text('')
+    assert len(train_all(comparison, tools, str)) == 4
+    assert "can't be scored" in (comparison.runs()[0].folder / 'error.txt').read_text()
+
+
+def test_a_val_set_without_objects_has_no_ap(comparison, tools, tmp_path):
+    path = comparison.annotations()
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(annotations=[])))
+    said = []
+    failed = train_all(comparison, tools, said.append)
+    assert [str(run) for run in failed] == ['twin, seed 1']
+    assert '[1/4] base, seed 0: bbox AP –' in said
+    write_report(comparison, contents := collect(comparison), tmp_path / 'report')
+    assert contents.baseline.scores['bbox']['ap'] is None
+
+
+def test_runs_that_were_finished_before_or_failed_tell_nothing_about_the_time_left(comparison, tools):
+    train_all(comparison, tools, str)
+    said = []
+    train_all(comparison, tools, said.append)
+    assert '[4/4] twin, seed 1: Epoch(train) [1][ 1/2] loss 1.500; all in about 1 min' in said
 
 
 def test_torchrun_gets_the_number_of_processes_and_the_tool_its_launcher():
