@@ -20,13 +20,14 @@ def main() -> None:
     args = parse_args()
     engine.set_local_rank(args.local_rank)
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    if args.resume:
+        engine.set_resume_(cfg, args.resume)
+    engine.take_found_plan_(cfg, engine.resume_source(cfg), args.allow_pickle)
     engine.add_rl_defaults_(cfg)
     if args.amp:
         engine.enable_amp_(cfg)
     if args.auto_scale_lr:
         engine.enable_auto_scale_lr_(cfg)
-    if args.resume:
-        engine.set_resume_(cfg, args.resume)
     found = engine.check_training(cfg, ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle)
     engine.build_runner(cfg, found.lines()).train()
 

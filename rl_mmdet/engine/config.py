@@ -6,6 +6,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 
+from ..replacement import PLANS
 from .errors import UserError
 
 LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
@@ -49,7 +50,7 @@ def add_rl_defaults_(cfg: Config) -> Config:
 
     Every run gets ``FiniteLossHook``; a config with a ``replacement`` also ``RecalibrateNormsHook``,
     ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default one (another constructor
-    is respected).
+    is respected). One whose plan is learned gets ``SearchHook``, and DDP learns that a step doesn't use all weights.
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook']
@@ -60,12 +61,21 @@ def add_rl_defaults_(cfg: Config) -> Config:
             wrapper.constructor = CONSTRUCTOR
     present = {hook.get('type') for hook in hooks if isinstance(hook, Mapping)}
     cfg.custom_hooks = hooks + [ConfigDict(type=name) for name in wanted if name not in present]
+    if learned_plans(cfg) and 'SearchHook' not in present:
+        _add_search_(cfg)
     return cfg
 
 
 def uses_replacement(cfg: Config) -> bool:
     """Whether any part of the model has a ``replacement`` setting."""
     return any(node.get('replacement') is not None for node in nested_dicts(cfg.get('model') or {}))
+
+
+def learned_plans(cfg: Config) -> list[Mapping]:
+    """The ``replacement`` settings of the model whose plan is learned in a search."""
+    settings = [node['replacement'] for node in nested_dicts(cfg.get('model') or {})
+                if isinstance(node.get('replacement'), Mapping)]
+    return [setting for setting in settings if _searches(setting.get('plan'))]
 
 
 def nested_dicts(node: Any) -> Iterator[Mapping]:
@@ -76,6 +86,19 @@ def nested_dicts(node: Any) -> Iterator[Mapping]:
     if isinstance(node, (list, tuple)):
         for child in node:
             yield from nested_dicts(child)
+
+
+def _searches(plan: Any) -> bool:
+    kind = plan.get('type') if isinstance(plan, Mapping) else plan
+    kind = PLANS.get(kind) if isinstance(kind, str) else kind
+    return bool(getattr(kind, 'searches', False))
+
+
+def _add_search_(cfg: Config) -> None:
+    where = cfg.model_wrapper_cfg if cfg.get('model_wrapper_cfg') else cfg
+    before = bool(where.get('find_unused_parameters', False))
+    cfg.custom_hooks.append(ConfigDict(type='SearchHook', find_unused_parameters=before))
+    where.find_unused_parameters = True
 
 
 def _move_data_root_(cfg: Config, old: str | None, new: str) -> None:

@@ -19,6 +19,7 @@ from ..replacement import computing_layers
 from .checkpoint import check_checkpoint
 from .config import nested_dicts
 from .errors import UserError
+from .search import check_search, searched_module
 
 
 @dataclass
@@ -56,6 +57,7 @@ def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pick
     """
     model = build_model(cfg)
     _check_distributed(cfg, model)
+    check_search(cfg, model)
     found = Preflight(replacements=_replacement_reports(model))
     load = dict(ignore=ignore_keys, allow_pickle=allow_pickle)
     for name, init in _pretrained_cfgs(model):
@@ -64,7 +66,7 @@ def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pick
             report = check_checkpoint(model.get_submodule(name), init['checkpoint'], prefix=init.get('prefix') or '',
                                       **load)
         found.checkpoints[title] = str(report)
-    source = _load_source(cfg)
+    source = load_source(cfg)
     if source:
         with _named(source):
             found.checkpoints[source] = str(check_checkpoint(model, source.split('=', 1)[1], **load))
@@ -78,6 +80,9 @@ def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -
         UserError: as for :func:`check_training`; also a baseline's checkpoint for a replaced model.
     """
     model = build_model(cfg)
+    if searched_module(model) is not None:
+        raise UserError(f'checkpoint: {checkpoint} wasn\'t saved after a search for a plan, which the config asks for; '
+                        'train until the search has ended, then test')
     with _named('checkpoint'):
         report = check_checkpoint(model, checkpoint, allow_pickle=allow_pickle)
     if report.fits:
@@ -191,7 +196,13 @@ def _pretrained_cfgs(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]
                 yield name, init
 
 
-def _load_source(cfg: Config) -> str | None:
+def resume_source(cfg: Config) -> str | None:
+    """The checkpoint that the run will be resumed from, if it is."""
+    source = load_source(cfg)
+    return source.removeprefix('resume=') if source and source.startswith('resume=') else None
+
+
+def load_source(cfg: Config) -> str | None:
     """The checkpoint that the run will start from, as ``setting=path``."""
     if cfg.get('load_from'):
         return f'{"resume" if cfg.get("resume") else "load_from"}={cfg.load_from}'

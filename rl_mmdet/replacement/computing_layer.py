@@ -28,15 +28,16 @@ class ComputingLayer(nn.Module):
     Args:
         chain, index: the block to remove. It is taken over: its parameters are dropped.
         choice: all blocks that are replaced, by chain name.
+        block: a block to take over instead of the chain's, which stays; a copy of it.
         fusion, operator, gradient: see their modules.
 
     Sources: arXiv 2410.01239 (RL-v1), arXiv 2605.19533 (RL-v2, "computing layer").
     """
 
     def __init__(self, chain: Chain, index: int, choice: Choice, *, fusion: Any, operator: Any,
-                 gradient: Any) -> None:
+                 gradient: Any, block: nn.Module | None = None) -> None:
         super().__init__()
-        block = chain.blocks[index]
+        block = chain.blocks[index] if block is None else block
         self.fusion = fusion
         self.operator = operator
         self.gradient = gradient
@@ -93,6 +94,10 @@ class ComputingLayer(nn.Module):
                         for name, sides in sources.items()}
         self._neighbours = tuple(None if place is None else places.index(place) for place in neighbours)
         return [place.block for place in places]
+
+    def rebind(self, chain: Chain, index: int, choice: Choice) -> None:
+        """Take the weights from the kept blocks that are nearest with another choice. Arguments as in the class."""
+        self._blocks = (self.template, *self._find_sources(chain, index, choice))
 
     @property
     def template(self) -> nn.Module:

@@ -17,8 +17,10 @@ class Plan:
 
     Attributes:
         chosen: the last choice, None before the first.
+        searches: the choice is made while the model trains, see :mod:`~rl_mmdet.replacement.search_space`.
     """
     chosen: Choice | None = None
+    searches = False
 
     def choose(self, chains: Mapping[str, Chain], model: nn.Module | None = None,
                parts: Mapping[str, Any] | None = None) -> Choice:
@@ -37,6 +39,14 @@ class Plan:
         """
         self.chosen = self._choose(chains, model, parts or {})
         return {name: list(indices) for name, indices in self.chosen.items()}
+
+    def savings(self, chains: Mapping[str, Chain], model: nn.Module, parts: Mapping[str, Any]) -> list[float]:
+        """What replacing each block that can be replaced would save; of plans that search. Arguments as above.
+
+        Raises:
+            ValueError: the plan doesn't fit the model.
+        """
+        raise NotImplementedError
 
     def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, parts: Mapping[str, Any]) -> Choice:
         raise NotImplementedError

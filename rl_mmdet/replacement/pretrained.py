@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .computing_layer import ComputingLayer, loads_its_own_way
 from .fusions import Fit, Pair
+from .gated_block import GatedBlock
 from .resize import Shape
 
 logger = logging.getLogger('rl_mmdet')
@@ -56,6 +57,7 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
     Returns:
         The translated state dict, and the report on it (its names come without the prefix).
     """
+    state_dict = _with_twins(model, state_dict, prefix)
     adapted = dict(state_dict)
     report = LoadReport()
     for name, layer in _computing_layers(model):
@@ -107,6 +109,17 @@ def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: An
 
 def _computing_layers(model: nn.Module) -> Iterable[tuple[str, ComputingLayer]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, ComputingLayer)]
+
+
+def _with_twins(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """With a copy of a gated block's tensors for the computing layer beside it, unless it has some there."""
+    twins = {}
+    for name, block in model.named_modules():
+        start = f'{prefix}{name}.'
+        if isinstance(block, GatedBlock) and not any(key.startswith(f'{start}replaced.') for key in state_dict):
+            twins |= {f'{start}replaced.{key[len(start):]}': value for key, value in state_dict.items()
+                      if key.startswith(start)}
+    return state_dict | twins
 
 
 def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[str, Any], prefix: str) -> Fit | None:

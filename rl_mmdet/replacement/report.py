@@ -24,6 +24,7 @@ class BlockRow:
         others: names of kept blocks further away that give it the tensors which have another size in those two.
         reason: why it can't be replaced, None if it can.
         learnable: number of parameters of the computing layer that stands there.
+        open: whether a search decides if it is replaced.
         way: how its gradient is sampled: ``'block'``, as a whole, or ``'layers'``, layer by layer; None if it isn't.
     """
     chain: str
@@ -38,6 +39,7 @@ class BlockRow:
     reason: str | None = None
     learnable: int = 0
     way: str | None = None
+    open: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class ReplacementReport:
         return sum(row.parameters for row in self.rows if row.replaced)
 
     def __str__(self) -> str:
+        if any(row.open for row in self.rows):
+            return self._of_search()
         count = sum(row.replaced for row in self.rows)
         head = (f'{count} of {len(self.rows)} blocks replaced by computing layers: '
                 f'{self.removed_parameters:,} parameters removed, {self.learnable:,} added')
@@ -84,8 +88,14 @@ class ReplacementReport:
             lines.append(f'  the same choice as a plan: {self.as_plan}')
         return '\n'.join([head, *lines])
 
+    def _of_search(self) -> str:
+        head = f'{sum(row.open for row in self.rows)} of {len(self.rows)} blocks may be replaced; the search decides'
+        return '\n'.join([head, *(f'  {row.name} ({row.kind}): ' + _describe(row) for row in self.rows)])
+
 
 def _describe(row: BlockRow) -> str:
+    if row.open:
+        return 'open'
     if row.replaced:
         others = f'; tensors of another size there from {" and ".join(row.others)}' if row.others else ''
         neighbours = ' and '.join(name for name in (row.before, row.after) if name is not None)

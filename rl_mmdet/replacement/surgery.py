@@ -10,6 +10,7 @@ from .chain import Chain, find_chains
 from .computing_layer import ComputingLayer
 from .fold_norm import unfold_norm_
 from .fusions import OwnWeights
+from .gated_block import GatedBlock
 from .gradients import build_gradient
 from .operators import FullBlock
 from .plans import Choice, describe_replaceable
@@ -19,6 +20,7 @@ from .recipe import recipe_of
 from .references import always_run_
 from .registry import FUSIONS, OPERATORS, PLANS, build_part
 from .report import ReplacementReport, describe_blocks
+from .search_space import SearchSpace
 
 SETTINGS = ('plan', 'fusion', 'operator', 'gradient')
 
@@ -51,6 +53,8 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
     if computing_layers(model):
         raise ValueError('replacement: the model has computing layers already; materialize() it first')
     chains = find_chains(model, parts['fusion'].adapt, parts['operator'])
+    if plan.searches:
+        return _begin_search_(model, chains, plan, parts)
     try:
         choice = plan.choose(chains, model, parts)
         _check_choice(chains, choice, plan)
@@ -93,10 +97,11 @@ def materialize(model: nn.Module) -> nn.Module:
         is; a model without computing layers is copied.
 
     Raises:
-        ValueError: a synthesised weight isn't finite; the message names the block.
+        ValueError: a synthesised weight isn't finite, the message names the block; or a plan is still being learned.
     """
     if isinstance(model, ComputingLayer):
         raise ValueError('materialize() takes the whole model: a computing layer alone has no place to stand in')
+    _check_no_search(model)
     plain = copy.deepcopy(model)
     _make_plain_(plain)
     always_run_(plain)
@@ -145,6 +150,31 @@ def _build_parts(replacement: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return plan, dict(fusion=fusion, operator=operator, gradient=gradient)
 
 
+def _begin_search_(model: nn.Module, chains: Mapping[str, Chain], plan: Any,
+                   parts: dict[str, Any]) -> ReplacementReport:
+    """Put a computing layer beside every block that can be replaced."""
+    if isinstance(parts['fusion'], OwnWeights):
+        raise ValueError(f'replacement.plan: {plan} chooses what is made of other blocks\' weights, and '
+                         f'{parts["fusion"]} makes nothing; take another fusion or plan')
+    candidates = {name: chain.replaceable() for name, chain in chains.items()}
+    try:
+        _check_some(chains, candidates, plan)
+        savings = plan.savings(chains, model, parts)
+    except ValueError as error:
+        raise ValueError(f'replacement.plan: {error}') from None
+    _check_fusion(chains, candidates, parts['fusion'])
+    _check_memory(chains, candidates, parts)
+    space = SearchSpace(model, chains, plan, savings, parts)
+    add_pretrained_hook(model)
+    return ReplacementReport(space.rows, {key: repr(part) for key, part in dict(plan=plan, **parts).items()})
+
+
+def _check_no_search(model: nn.Module) -> None:
+    if any(isinstance(module, GatedBlock) for module in model.modules()):
+        raise ValueError('a plan is still being learned for this model, so it isn\'t known which blocks are replaced; '
+                         'finish the search first')
+
+
 def _chosen(chains: Mapping[str, Chain], choice: Choice) -> Iterator[tuple[Chain, int]]:
     """The chain and the index of every chosen block."""
     for name, indices in choice.items():
@@ -152,16 +182,20 @@ def _chosen(chains: Mapping[str, Chain], choice: Choice) -> Iterator[tuple[Chain
             yield chains[name], index
 
 
-def _check_choice(chains: Mapping[str, Chain], choice: Choice, plan: Any) -> None:
+def _check_some(chains: Mapping[str, Chain], choice: Choice, plan: Any) -> None:
     if not chains:
         raise ValueError('the model has no chain of blocks (no nn.Sequential or nn.ModuleList of residual units)')
+    if not any(choice.values()):
+        raise ValueError(f'{plan} replaces no block of this model; {describe_replaceable(chains)}')
+
+
+def _check_choice(chains: Mapping[str, Chain], choice: Choice, plan: Any) -> None:
     for chain, index in _chosen(chains, choice):
         reason = chain.why_not(index, choice)
         if reason is not None:
             raise ValueError(f'{chain.name} block {index} can\'t be replaced: {reason}; '
                              f'{describe_replaceable(chains)}')
-    if not any(choice.values()):
-        raise ValueError(f'{plan} replaces no block of this model; {describe_replaceable(chains)}')
+    _check_some(chains, choice, plan)
 
 
 def _check_fusion(chains: Mapping[str, Chain], choice: Choice, fusion: Any) -> None:

@@ -23,11 +23,16 @@ def replaced_twin(model: nn.Module, choice: Mapping[str, Sequence[int]], parts: 
     """
     from .surgery import replace_blocks_  # which imports the plans that make trials
 
-    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    twin = copy_around_parameters(model)
     if any(choice.values()):
         replace_blocks_(twin, dict(parts, plan=Blocks(choice)))
     twin.eval()  # mmdet's backbones return None here
     return twin
+
+
+def copy_around_parameters(module: nn.Module) -> nn.Module:
+    """A copy whose parameters *are* the module's; all else is its own."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 @torch.no_grad()

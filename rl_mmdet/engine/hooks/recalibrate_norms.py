@@ -36,6 +36,10 @@ class RecalibrateNormsHook(Hook):
         self.num_batches = num_batches
 
     def before_train(self, runner: Runner) -> None:
+        self.recalibrate(runner)
+
+    def recalibrate(self, runner: Runner) -> None:
+        """Recalibrate now, if there are replaced blocks with weights that are newer than their statistics."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         mode = model.training
         model.train()
