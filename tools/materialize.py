@@ -16,7 +16,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = engine.load_config(args.config, args.cfg_options)
-    engine.take_found_plan_(cfg, args.checkpoint, args.allow_pickle)
+    engine.take_found_(cfg, args.checkpoint, args.allow_pickle)
     plain = deploy.save_plain_checkpoint(cfg, args.checkpoint, args.out, args.allow_pickle)
     print(f'{args.out}: {plain.describe()}')
 

@@ -22,7 +22,7 @@ def main() -> None:
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.out:
         engine.check_out_file(args.out)
-    engine.take_found_plan_(cfg, args.checkpoint, args.allow_pickle)
+    engine.take_found_(cfg, args.checkpoint, args.allow_pickle)
     engine.check_testing(cfg, args.checkpoint, allow_pickle=args.allow_pickle)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:

@@ -22,7 +22,7 @@ def main() -> None:
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.resume:
         engine.set_resume_(cfg, args.resume)
-    engine.take_found_plan_(cfg, engine.resume_source(cfg), args.allow_pickle)
+    engine.take_found_(cfg, engine.resume_source(cfg), args.allow_pickle)
     engine.add_rl_defaults_(cfg)
     if args.amp:
         engine.enable_amp_(cfg)

@@ -17,7 +17,7 @@ from .options import (
     set_resume_,
 )
 from .preflight import build_model, check_testing, check_training, inspect_training, prepare_files, resume_source
-from .search import take_found_plan_
+from .search import take_found_
 
 __all__ = [
     'FiniteLossHook', 'LogCoefficientsHook', 'NonFiniteLossError', 'RLLayerDecayOptimWrapperConstructor',
@@ -25,6 +25,6 @@ __all__ = [
     'build_model', 'build_runner', 'check_checkpoint', 'check_new_file', 'check_out_file', 'check_testing',
     'check_training', 'config_arguments', 'dump_predictions_', 'enable_amp_', 'enable_auto_scale_lr_',
     'enable_tta_', 'enable_visualization_', 'inspect_training', 'load_config', 'prepare_files', 'read_checkpoint',
-    'resume_source', 'run_arguments', 'set_local_rank', 'set_resume_', 'take_found_plan_', 'tool', 'write_text',
+    'resume_source', 'run_arguments', 'set_local_rank', 'set_resume_', 'take_found_', 'tool', 'write_text',
     'written_whole',
 ]

@@ -5,8 +5,10 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
+from mmengine.registry import Registry
 
 from ..replacement import PLANS
+from ..replacement.registry import TRANSFERS
 from .errors import UserError
 
 LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
@@ -50,7 +52,7 @@ def add_rl_defaults_(cfg: Config) -> Config:
 
     Every run gets ``FiniteLossHook``; a config with a ``replacement`` also ``RecalibrateNormsHook``,
     ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default one (another constructor
-    is respected). One whose plan is learned gets ``SearchHook``, and DDP learns that a step doesn't use all weights.
+    is respected). A search gets ``SearchHook``, and that for a plan has DDP know that a step doesn't use all weights.
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook']
@@ -61,8 +63,9 @@ def add_rl_defaults_(cfg: Config) -> Config:
             wrapper.constructor = CONSTRUCTOR
     present = {hook.get('type') for hook in hooks if isinstance(hook, Mapping)}
     cfg.custom_hooks = hooks + [ConfigDict(type=name) for name in wanted if name not in present]
-    if learned_plans(cfg) and 'SearchHook' not in present:
-        _add_search_(cfg)
+    keys = [key for _, key in searches_of(cfg)]
+    if keys and 'SearchHook' not in present:
+        _add_search_(cfg, 'plan' in keys)
     return cfg
 
 
@@ -71,11 +74,10 @@ def uses_replacement(cfg: Config) -> bool:
     return any(node.get('replacement') is not None for node in nested_dicts(cfg.get('model') or {}))
 
 
-def learned_plans(cfg: Config) -> list[Mapping]:
-    """The ``replacement`` settings of the model whose plan is learned in a search."""
-    settings = [node['replacement'] for node in nested_dicts(cfg.get('model') or {})
-                if isinstance(node.get('replacement'), Mapping)]
-    return [setting for setting in settings if _searches(setting.get('plan'))]
+def searches_of(cfg: Config) -> list[tuple[Any, str]]:
+    """The settings of the model that are learned in a search: the dict that has it, and its key there."""
+    nodes = [(node, key) for node in nested_dicts(cfg.get('model') or {}) for key in ('plan', 'transfer')]
+    return [(node, key) for node, key in nodes if _searches(node.get(key), PLANS if key == 'plan' else TRANSFERS)]
 
 
 def nested_dicts(node: Any) -> Iterator[Mapping]:
@@ -88,17 +90,18 @@ def nested_dicts(node: Any) -> Iterator[Mapping]:
             yield from nested_dicts(child)
 
 
-def _searches(plan: Any) -> bool:
-    kind = plan.get('type') if isinstance(plan, Mapping) else plan
-    kind = PLANS.get(kind) if isinstance(kind, str) else kind
+def _searches(setting: Any, registry: Registry) -> bool:
+    kind = setting.get('type') if isinstance(setting, Mapping) else None
+    kind = registry.get(kind) if isinstance(kind, str) else kind
     return bool(getattr(kind, 'searches', False))
 
 
-def _add_search_(cfg: Config) -> None:
+def _add_search_(cfg: Config, plan: bool) -> None:
     where = cfg.model_wrapper_cfg if cfg.get('model_wrapper_cfg') else cfg
     before = bool(where.get('find_unused_parameters', False))
     cfg.custom_hooks.append(ConfigDict(type='SearchHook', find_unused_parameters=before))
-    where.find_unused_parameters = True
+    if plan:
+        where.find_unused_parameters = True
 
 
 def _move_data_root_(cfg: Config, old: str | None, new: str) -> None:

@@ -81,7 +81,7 @@ def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -
     """
     model = build_model(cfg)
     if searched_module(model) is not None:
-        raise UserError(f'checkpoint: {checkpoint} wasn\'t saved after a search for a plan, which the config asks for; '
+        raise UserError(f'checkpoint: {checkpoint} wasn\'t saved after the search that the config asks for; '
                         'train until the search has ended, then test')
     with _named('checkpoint'):
         report = check_checkpoint(model, checkpoint, allow_pickle=allow_pickle)

@@ -1,5 +1,4 @@
 """The search for a plan: a policy learns which of a model's open blocks are replaced."""
-import math
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -7,14 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..replacement import ReplacementReport
+from ..replacement import ReplacementReport, computing_layers
 from ..replacement.plans import Choice
 from ..replacement.search_space import NAME, SearchSpace, finish_search_
 from ..replacement.trial import copy_around_parameters
-from .policy import Policy, Unit
-
-SETTLE_FROM = 0.5
-"""Part of the search after which gates are settled."""
+from .found import Found
+from .policy import Unit
 
 
 class BlockSearch:
@@ -40,12 +37,11 @@ class BlockSearch:
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.model = model
         plan = self.space.plan
-        self.policy = Policy(_units(self.space), plan.budget.part - 1, steps, plan.temperature, plan.lr, plan.seed)
+        self.policy = plan.settings.policy(_units(self.space), plan.budget.part - 1, steps)
         for index, saving in enumerate(self.space.savings):
             if saving <= 0:
                 self.policy.settle(index, False)
         self.leaves: list[Tensor] = []
-        self._closed = sum(gate is not None for gate in self.policy.settled)
 
     @property
     def space(self) -> SearchSpace:
@@ -77,12 +73,7 @@ class BlockSearch:
         if reduce is not None:
             reduce(gradient)
         self.policy.learn(gradient, share)
-        part = self.policy.step / self.policy.steps
-        count = len(self.policy.units) - self._closed
-        due = self._closed + math.floor(count * max(0., (part - SETTLE_FROM) / (1 - SETTLE_FROM)))
-        while sum(gate is not None for gate in self.policy.settled) < due:
-            index = self.policy.most_certain()
-            self.policy.settle(index, self.best()[index])
+        self.policy.settle_due(self.best)
 
     def best(self) -> list[bool]:
         """The gates of the choice that would be made now; it keeps the budget, as far as savings add up."""
@@ -117,6 +108,27 @@ class BlockSearch:
         for other in copies:
             finish_search_(other, choice)
         return finish_search_(self.model, choice)
+
+    def conclude_(self, *copies: nn.Module) -> Found:
+        """:meth:`decide`, then :meth:`finish_`. BatchNorm that doesn't train wants new statistics afterwards."""
+        plan = self.space.plan
+        choice, left = self.decide()
+        report = self.finish_(choice, *copies)
+        self.model.replacement_report = report
+        for layer in computing_layers(self.model).values():
+            layer.norm_stale = True  # of other neighbours, as long as gates were drawn
+        text = f'{plan}: {left:.4f} of the {plan.budget.name} are left\n{report}'
+        return Found(dict(plan=dict(type='Blocks', blocks=report.replaced)), text)
+
+    def scalars(self) -> dict[str, float]:
+        """The probability of every block to be replaced."""
+        names = [unit.name for unit in self.policy.units]
+        return dict(zip(names, self.policy.probabilities().tolist(), strict=True))
+
+    @property
+    def settled(self) -> int:
+        """How many gates don't change any more."""
+        return self.policy.count_settled()
 
     def state_dict(self) -> dict[str, Any]:
         return self.policy.state_dict()

@@ -1,13 +1,15 @@
 """LearnedPlan: where to replace is learned while the model trains; and the random choice to compare it with."""
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..replacement import PLANS, Chain
 from ..replacement.plans import Choice, Plan, add_
-from .plan_budget import PlanBudget, is_number, is_pair, is_whole
+from .plan_budget import PlanBudget
+from .search_settings import SearchSettings, check_seed
 
 
 @PLANS.register_module()
@@ -23,10 +25,7 @@ class LearnedPlan(Plan):
 
     Args:
         budget, image_size: see :class:`~rl_mmdet.policy.plan_budget.PlanBudget`; as few blocks are replaced as keep it.
-        epochs, iters: length of the search; give one, or none for the first half of the training.
-        temperature: of the policy, at the first and at the last step.
-        lr: of the policy.
-        seed: of the policy.
+        epochs, iters, temperature, lr, seed: see :class:`~rl_mmdet.policy.search_settings.SearchSettings`.
 
     Raises:
         ValueError: a value out of range, or both ``epochs`` and ``iters``; when applied: no choice reaches the budget.
@@ -38,28 +37,17 @@ class LearnedPlan(Plan):
     def __init__(self, budget: Mapping[str, float], epochs: int | None = None, iters: int | None = None,
                  temperature: Sequence[float] = (1., 0.2), lr: float = 0.03, seed: int = 0,
                  image_size: Sequence[int] = (256, 256)) -> None:
-        if epochs is not None and iters is not None:
-            raise ValueError(f'LearnedPlan: epochs={epochs!r} and iters={iters!r} both say how long the search is; '
-                             'leave one out')
-        for name, value in dict(epochs=epochs, iters=iters).items():
-            if value is not None and not is_whole(value, 1):
-                raise ValueError(f'LearnedPlan: {name} must be an integer of at least 1, got {value!r}')
-        if not is_pair(temperature) or not all(is_number(t) and t > 0 for t in temperature):
-            raise ValueError(f'LearnedPlan: temperature must be two numbers above 0, got {temperature!r}')
-        if not is_number(lr) or lr <= 0:
-            raise ValueError(f'LearnedPlan: lr must be a number above 0, got {lr!r}')
-        self.budget = _budget('LearnedPlan', budget, image_size)
-        self.epochs, self.iters = epochs, iters
-        self.temperature, self.lr, self.seed = tuple(temperature), lr, _seed('LearnedPlan', seed)
+        with _named('LearnedPlan'):
+            self.budget = PlanBudget(budget, image_size)
+            self.settings = SearchSettings(epochs, iters, temperature, lr, seed)
 
     def savings(self, chains: Mapping[str, Chain], model: nn.Module, parts: Mapping[str, Any]) -> list[float]:
         """What replacing each block alone saves, as a part of the unreplaced model's; negative if it costs more."""
-        return _savings(self, chains, model, parts)
+        with _named(self):
+            return self.budget.savings(chains, model, parts)
 
     def _settings(self) -> str:
-        length = ''.join(f', {name}={value}' for name, value in dict(epochs=self.epochs, iters=self.iters).items()
-                         if value is not None)
-        return f'{self.budget}{length}'
+        return f'{self.budget}{self.settings}'
 
 
 @PLANS.register_module()
@@ -75,8 +63,9 @@ class RandomPlan(Plan):
     """
 
     def __init__(self, budget: Mapping[str, float], seed: int = 0, image_size: Sequence[int] = (256, 256)) -> None:
-        self.budget = _budget('RandomPlan', budget, image_size)
-        self.seed = _seed('RandomPlan', seed)
+        with _named('RandomPlan'):
+            self.budget = PlanBudget(budget, image_size)
+            self.seed = check_seed(seed)
 
     def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, parts: Mapping[str, Any]) -> Choice:
         if model is None:
@@ -86,9 +75,10 @@ class RandomPlan(Plan):
         choice: Choice = {name: [] for name in chains}
         if not places:
             return choice
-        saving = {place: value for place, value in zip(places, _savings(self, chains, model, parts), strict=True)
-                  if value > 0}
-        drawn = random.Random(self.seed).sample(list(saving), len(saving))
+        with _named(self):
+            savings = self.budget.savings(chains, model, parts)
+        saving = [place for place, value in zip(places, savings, strict=True) if value > 0]
+        drawn = random.Random(self.seed).sample(saving, len(saving))
         for name, index in drawn:
             if self.budget.left(model, choice, parts) <= self.budget.part:
                 break
@@ -103,22 +93,10 @@ class RandomPlan(Plan):
         return f'{self.budget}, seed={self.seed}'
 
 
-def _savings(plan: LearnedPlan | RandomPlan, chains: Mapping[str, Chain], model: nn.Module,
-             parts: Mapping[str, Any]) -> list[float]:
+@contextmanager
+def _named(plan: Any) -> Iterator[None]:
+    """Put the plan in front of an error's text."""
     try:
-        return plan.budget.savings(chains, model, parts)
+        yield
     except ValueError as error:
         raise ValueError(f'{plan}: {error}') from error
-
-
-def _budget(plan: str, budget: Mapping[str, float], image_size: Sequence[int]) -> PlanBudget:
-    try:
-        return PlanBudget(budget, image_size)
-    except ValueError as error:
-        raise ValueError(f'{plan}: {error}') from None
-
-
-def _seed(plan: str, seed: Any) -> int:
-    if not is_whole(seed, 0):
-        raise ValueError(f'{plan}: seed must be an integer of at least 0, got {seed!r}')
-    return seed

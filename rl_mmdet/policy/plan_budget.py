@@ -11,6 +11,7 @@ from ..replacement.operators import FullBlock
 from ..replacement.plans import Choice, add_
 from ..replacement.saved_bytes import saved_bytes
 from ..replacement.trial import forward_flops, replaced_twin
+from .search_settings import is_number, is_pair, is_whole
 
 QUANTITIES = dict(params='learnable parameters', flops='forward FLOPs', saved_bytes='bytes saved for backward')
 
@@ -83,18 +84,6 @@ class PlanBudget:
 
     def __str__(self) -> str:
         return f'budget=dict({self.quantity}={self.part})'
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def is_pair(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 def _saved_in_training(model: nn.Module, image_size: Sequence[int]) -> int:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 EPS = 1e-6
+SETTLE_FROM = 0.5
+"""Part of the search after which gates are settled."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class Policy:
         self.mean_square = 0.
         self.settled: list[bool | None] = [None] * len(self.units)
         """The gates that don't change any more; None for the others."""
+        self.given = 0
+        """How many of them were settled before the search."""
         self.scores = self._scores()
         self.soft: Tensor | None = None
         """σ(u) of the last sample."""
@@ -185,6 +189,21 @@ class Policy:
     def settle(self, index: int, gate: bool) -> None:
         """From now on this gate is open, or closed."""
         self.settled[index] = gate
+        self.given += self.step == 0
+
+    def settle_due(self, best: Callable[[], list[bool]]) -> None:
+        """Settle as many gates as are due, the most certain first, as they are in the choice that is the best by then.
+
+        From the middle of the search on gates are settled at equal distances, the last one in its last step.
+        """
+        part = max(0., (self.step / self.steps - SETTLE_FROM) / (1 - SETTLE_FROM))
+        due = self.given + math.floor((len(self.units) - self.given) * part)
+        while self.count_settled() < due:
+            index = self.most_certain()
+            self.settle(index, best()[index])
+
+    def count_settled(self) -> int:
+        return sum(gate is not None for gate in self.settled)
 
     def most_certain(self) -> int | None:
         """The gate that is the most certain of those that aren't settled; None if all are."""
@@ -226,7 +245,8 @@ class Policy:
         """All that a resumed search needs."""
         return dict(network=self.network.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
                     scores=self.scores, mean_square=self.mean_square, generator=self.generator.get_state(),
-                    settled=list(self.settled), steps=self.steps, units=[unit.name for unit in self.units])
+                    settled=list(self.settled), given=self.given, steps=self.steps,
+                    units=[unit.name for unit in self.units])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave.
@@ -241,7 +261,7 @@ class Policy:
         self.network.load_state_dict(state['network'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.generator.set_state(state['generator'])
-        for name in ('step', 'scores', 'mean_square', 'settled'):
+        for name in ('step', 'scores', 'mean_square', 'settled', 'given'):
             setattr(self, name, state[name])
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from mmengine.registry import Registry
 PLANS = Registry('plan', scope='rl_mmdet')
 FUSIONS = Registry('fusion', scope='rl_mmdet')
 OPERATORS = Registry('operator', scope='rl_mmdet')
+TRANSFERS = Registry('transfer', scope='rl_mmdet')
 
 
 def build_part(registry: Registry, cfg: Any, default: str) -> Any:
@@ -23,7 +24,7 @@ def build_part(registry: Registry, cfg: Any, default: str) -> Any:
         TypeError: ``cfg`` is neither a dict nor an object of a registered class.
         ValueError: unknown type, unknown or missing argument, or a value that the class refuses.
     """
-    setting = f'replacement.{registry.name}'
+    setting = registry.name if registry is TRANSFERS else f'replacement.{registry.name}'
     classes = registry.module_dict
     if cfg is None:
         cfg = {}

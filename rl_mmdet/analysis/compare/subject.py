@@ -14,7 +14,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 
-from ...engine import UserError, build_model, check_checkpoint, read_checkpoint, take_found_plan_
+from ...engine import UserError, build_model, check_checkpoint, read_checkpoint, take_found_
 from ...engine.search import searched_module
 from ...models.layouts import state_dict_of
 from ...replacement import materialize
@@ -122,7 +122,7 @@ def _build(cfg: Config, checkpoint: Path | None, allow_pickle: bool) -> nn.Modul
     """The detector with the checkpoint's weights, or as it is before training, but for pretrained weights."""
     set_random_seed(0)
     cfg = Config(dict(default_scope=cfg.get('default_scope'), model=without_synchronisation(cfg.model)))
-    take_found_plan_(cfg, checkpoint and str(checkpoint), allow_pickle)
+    take_found_(cfg, checkpoint and str(checkpoint), allow_pickle)
     model = build_model(cfg)
     if searched_module(model) is not None:
         raise UserError('what it costs is not known before its search has found a plan; train it first')

@@ -1,35 +1,36 @@
-"""The search for a plan inside a run."""
+"""A search inside a run: for the blocks to replace, or for the tensors to update."""
+from functools import partial
+
 from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, broadcast, master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import nn
+from torch import Tensor, nn
 
-from ...policy import BlockSearch
-from ...replacement import computing_layers
-from ...replacement.search_space import NAME
+from ...policy import BlockSearch, TensorSearch, begin_search, searched_setting
 from ..errors import UserError
 from ..files import write_text
-from ..search import FOUND, SEARCH, drop_parameters_, found_config_file, searched_module, set_plan_
+from ..search import FOUND, SEARCH, drop_parameters_, found_config_file, searched_module, set_found_
 from .recalibrate_norms import RecalibrateNormsHook
 
 
 @HOOKS.register_module()
 class SearchHook(Hook):
-    """Learn which blocks are replaced, in the first part of a run; then turn the model into the replaced one.
+    """Search in the first part of a run, then turn the model into the ordinary one with what was found.
 
-    For ``plan=dict(type='LearnedPlan', ...)``, see :class:`rl_mmdet.policy.LearnedPlan`; idle without one. When the
-    search ends, the choice is logged and saved as an ordinary config, ``<config>_found.py`` in the work dir; model,
-    EMA and optimizer go on with the weights and states they have, and BatchNorm in eval mode gets statistics for the
-    neighbours that are final. Checkpoints have the policy's state while it learns, and the plan afterwards.
+    For ``plan=dict(type='LearnedPlan', ...)`` (:class:`rl_mmdet.policy.LearnedPlan`) and
+    ``transfer=dict(type='SWR', ...)`` (:mod:`rl_mmdet.policy.transfers`); idle without them. When the search ends, the
+    choice is logged and saved as an ordinary config, ``<config>_found.py`` in the work dir; model, EMA and optimizer go
+    on with the weights and states they have, and BatchNorm in eval mode gets statistics for weights that are new.
+    Checkpoints have the search's state while it goes on, and what it has found afterwards.
 
     All processes of DDP draw the same gates, and learn from the mean of their gradients. Validation shows the choice
     that would be made at that moment.
 
     Args:
-        interval: iterations between two lines of the log, ``search/<block>``: the probability that it is replaced.
+        interval: iterations between two lines of the log, ``search/<unit>``: the probability that it is chosen.
         find_unused_parameters: DDP's setting for after the search.
 
     Raises:
@@ -40,26 +41,38 @@ class SearchHook(Hook):
     def __init__(self, interval: int = 50, find_unused_parameters: bool = False) -> None:
         self.interval = interval
         self.find_unused_parameters = find_unused_parameters
-        self.search: BlockSearch | None = None
-        self.plan: dict | None = None
+        self.search: BlockSearch | TensorSearch | None = None
+        self.found: dict | None = None
         self.scale = 1.
+        self._state: dict | None = None
 
     def before_run(self, runner: Runner) -> None:
         found = searched_module(_model(runner)) if runner._train_dataloader is not None else None
         if found is not None:
             self.name, module = found
-            self.search = BlockSearch(module, self._steps(runner, module))
+            self.steps = _steps(runner, module)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if self.search is None or not runner._resume:
+        module = dict(_model(runner).named_modules()).get(getattr(self, 'name', None))
+        if module is None or not runner._resume:
             return
         if SEARCH not in checkpoint:
-            raise UserError(f'resume: the checkpoint has no state of a search, which {self.search.space.plan} in the '
+            raise UserError(f'resume: the checkpoint has no state of a search, which {searched_setting(module)} in the '
                             'config asks for; load it with load_from to begin a search')
-        try:
-            self.search.load_state_dict(checkpoint[SEARCH])
-        except ValueError as error:
-            raise UserError(f'resume: {error}; resume with the settings of the run that it is from') from None
+        self._state = checkpoint[SEARCH]
+
+    def before_train(self, runner: Runner) -> None:
+        if not hasattr(self, 'name'):
+            return
+        self.search = begin_search(_model(runner).get_submodule(self.name), self.steps)
+        if self._state is not None:
+            try:
+                self.search.load_state_dict(self._state)
+            except (ValueError, KeyError) as error:
+                raise UserError(f'resume: {error}; resume with the settings of the run that it is from') from None
+            self._state = None
+        if isinstance(self.search, TensorSearch):
+            runner.optim_wrapper.optimizer.register_step_pre_hook(partial(_look, self))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         if self.search is not None:
@@ -71,14 +84,11 @@ class SearchHook(Hook):
                          outputs: dict | None = None) -> None:
         if self.search is None:
             return
-        self.search.learn(lambda gradient: all_reduce(gradient.div_(self.scale), op='mean'), broadcast)
-        policy = self.search.policy
-        runner.message_hub.update_scalar('train/settled', sum(gate is not None for gate in policy.settled))
-        if policy.step % self.interval == 0 or self.search.done:
-            probabilities = policy.probabilities().tolist()
-            runner.visualizer.add_scalars(
-                {f'search/{self.name}.{unit.name}': p for unit, p in zip(policy.units, probabilities, strict=True)},
-                step=runner.iter + 1)
+        self.search.learn(self._reduce, broadcast)
+        runner.message_hub.update_scalar('train/settled', self.search.settled)
+        if self.every_n_train_iters(runner, self.interval) or self.search.done:
+            scalars = {f'search/{self.name}.{unit}': value for unit, value in self.search.scalars().items()}
+            runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
         if self.search.done:
             self._finish(runner)
 
@@ -89,62 +99,59 @@ class SearchHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if self.search is not None:
             checkpoint[SEARCH] = self.search.state_dict()
-        if self.plan is not None:
-            checkpoint[FOUND] = self.plan
+        if self.found is not None:
+            checkpoint[FOUND] = self.found
 
-    def _steps(self, runner: Runner, module: nn.Module) -> int:
-        plan, most = getattr(module, NAME).plan, runner.max_iters
-        steps = plan.iters or max(1, most // 2)
-        if plan.epochs is not None:
-            if not isinstance(runner.train_loop, EpochBasedTrainLoop):
-                raise UserError(f'{plan}: the training counts iterations, not epochs; give the search iters=...')
-            steps = plan.epochs * len(runner.train_dataloader)
-        if steps > most:
-            raise UserError(f'{plan}: the search of {steps} iterations is longer than the run of {most}; shorten it or '
-                            'train longer')
-        return steps
+    def _reduce(self, gradient: Tensor) -> None:
+        all_reduce(gradient.div_(self.scale), op='mean')
 
     def _finish(self, runner: Runner) -> None:
-        """Go on with the replaced model."""
+        """Go on with the ordinary model."""
         search, self.search = self.search, None
-        model, plan = _model(runner), search.space.plan
+        model = _model(runner)
         averages = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
-        choice, left = search.decide()
-        report = search.finish_(choice, *(average.module.get_submodule(self.name) for average in averages))
-        search.model.replacement_report = report
+        self.found, text = search.conclude_(*(average.module.get_submodule(self.name) for average in averages))
         for average in averages:
             own = average.module.state_dict() if average.update_buffers else dict(average.module.named_parameters())
             average.avg_parameters = own
         drop_parameters_(runner.optim_wrapper, _schedulers(runner), model)
         self._wrap_again_(runner, model)
-        for layer in computing_layers(search.model).values():
-            layer.norm_stale = True  # of other neighbours, as long as gates were drawn
         for hook in runner.hooks:
             if isinstance(hook, RecalibrateNormsHook):
                 hook.recalibrate(runner)
-        self.plan = dict(type='Blocks', blocks={name: list(blocks) for name, blocks in report.replaced.items()})
-        set_plan_(runner.cfg, self.plan)
-        print_log(f'{plan}: the search has ended, {left:.3f} of the unreplaced {type(search.model).__name__}\'s '
-                  f'{plan.budget.name} are left\n{report}', 'current')
+        print_log(f'the search has ended. {text}', 'current')
+        set_found_(runner.cfg, self.found)
         self._save_config(runner)
 
     def _wrap_again_(self, runner: Runner, model: nn.Module) -> None:
         """DDP's buckets are made for the parameters of before."""
-        cfg = runner.cfg
-        cfg.find_unused_parameters = self.find_unused_parameters
-        wrapper = cfg.get('model_wrapper_cfg')
-        if wrapper:
-            wrapper.find_unused_parameters = self.find_unused_parameters
-        if runner.model is model:
-            return
-        runner.model = None
-        runner.model = runner.wrap_model(wrapper, model)
+        wrapper = runner.cfg.get('model_wrapper_cfg')
+        for settings in (runner.cfg, wrapper):
+            if settings:
+                settings.find_unused_parameters = self.find_unused_parameters
+        if runner.model is not model:
+            runner.model = None
+            runner.model = runner.wrap_model(wrapper, model)
 
     @master_only
     def _save_config(self, runner: Runner) -> None:
         path = found_config_file(runner.cfg)
         write_text(path, runner.cfg.pretty_text)
-        print_log(f'the config with this plan: {path}', 'current')
+        print_log(f'the config with what was found: {path}', 'current')
+
+
+def _look(hook: SearchHook, *_: object) -> None:
+    if hook.search is not None:
+        hook.search.look()
+
+
+def _steps(runner: Runner, module: nn.Module) -> int:
+    setting = searched_setting(module)
+    per_epoch = len(runner.train_dataloader) if isinstance(runner.train_loop, EpochBasedTrainLoop) else None
+    try:
+        return setting.settings.steps(runner.max_iters, per_epoch)
+    except ValueError as error:
+        raise UserError(f'{setting}: {error}') from None
 
 
 def _model(runner: Runner) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...replacement import ReplacementReport, fold_norm_, replace_blocks_
+from ...replacement.registry import TRANSFERS, build_part
 
 
 class ReplacementMixin:
@@ -17,6 +18,8 @@ class ReplacementMixin:
         replacement: settings of :func:`~rl_mmdet.replacement.replace_blocks_`. None leaves the parent as it is.
         fold_norm: keep less for backward where a BatchNorm in eval mode follows a convolution, in replaced and other
             blocks alike, with the same gradients; see :mod:`~rl_mmdet.replacement.fold_norm`.
+        transfer: which of its tensors are updated, such as ``dict(type='SWR', budget=0.1)``; see
+            :mod:`rl_mmdet.policy.transfers`. None for all.
         *args, **kwargs: the parent's arguments.
 
     Raises:
@@ -26,12 +29,14 @@ class ReplacementMixin:
         replacement_report: what was replaced and why other blocks were not; None without replacement.
     """
 
-    def __init__(self, *args: Any, replacement: dict | None = None, fold_norm: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, replacement: dict | None = None, fold_norm: bool = False,
+                 transfer: dict | None = None, **kwargs: Any) -> None:
         with assertions_named(type(self).__name__):
             super().__init__(*args, **kwargs)
         self.replacement_report = None if replacement is None else replace_in_backbone_(self, replacement)
         if fold_norm:
             fold_norm_in_backbone_(self)
+        set_transfer_(self, transfer)
 
 
 def replace_in_backbone_(backbone: nn.Module, replacement: Mapping[str, Any]) -> ReplacementReport:
@@ -39,11 +44,37 @@ def replace_in_backbone_(backbone: nn.Module, replacement: Mapping[str, Any]) ->
 
     Some of mmdet's backbones freeze them no earlier than in ``train()``, and plans leave frozen stages alone.
     """
+    _freeze_stages_(backbone)
+    return replace_blocks_(backbone, replacement)
+
+
+def _freeze_stages_(backbone: nn.Module) -> None:
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.train()
     for module, mode in modes:
         module.training = mode
-    return replace_blocks_(backbone, replacement)
+
+
+def set_transfer_(backbone: nn.Module, transfer: Mapping[str, Any] | None) -> None:
+    """Let only the tensors of a transfer learn; if it is learned which, they all do until that is known.
+
+    Raises:
+        TypeError: not a dict.
+        ValueError: an unknown type or argument, a transfer that doesn't fit the backbone, or one to be learned beside a
+            plan that is to be learned.
+    """
+    if transfer is None:
+        return
+    chosen = build_part(TRANSFERS, transfer, default='SWR')
+    if chosen.searches and hasattr(backbone, 'search_space'):
+        raise ValueError(f'transfer: {chosen} and {backbone.search_space.plan} are two searches; learn the plan first, '
+                         'then use the config that it saves')
+    _freeze_stages_(backbone)
+    try:
+        chosen.prepare_(backbone)
+    except ValueError as error:
+        raise ValueError(f'transfer: {error}') from None
+    backbone.transfer = chosen
 
 
 def fold_norm_in_backbone_(backbone: nn.Module) -> None:

@@ -7,7 +7,13 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from ..layouts import add_layout_hook
-from .replacement_mixin import ReplacementMixin, assertions_named, fold_norm_in_backbone_, replace_in_backbone_
+from .replacement_mixin import (
+    ReplacementMixin,
+    assertions_named,
+    fold_norm_in_backbone_,
+    replace_in_backbone_,
+    set_transfer_,
+)
 from .rl_resnet import RLResNet, RLResNetV1d, RLResNeXt
 from .rl_swin import RLSwin
 from .timm_backbone import RLTimmBackbone
@@ -19,7 +25,8 @@ NAMED = {cls.__mro__[cls.__mro__.index(ReplacementMixin) + 1]: cls
 
 @MODELS.register_module()
 def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: str | None = None,  # noqa: N802
-               replacement: Mapping[str, Any] | None = None, fold_norm: bool = False, **kwargs: Any) -> nn.Module:
+               replacement: Mapping[str, Any] | None = None, fold_norm: bool = False,
+               transfer: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """Build any backbone and replace blocks of it.
 
     What comes back *is* that backbone: its class, attributes, state-dict keys and outputs, with computing layers
@@ -34,6 +41,7 @@ def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: 
         replacement: settings of :func:`~rl_mmdet.replacement.replace_blocks_`; None replaces nothing.
         fold_norm: keep less for backward where BatchNorm is in eval mode; needs ``norm_eval=True`` where the backbone
             has it. See :mod:`~rl_mmdet.replacement.fold_norm`.
+        transfer: which of its tensors are updated; see :mod:`rl_mmdet.policy.transfers`. None for all.
         **kwargs: the backbone's arguments, so that a config that inherits them changes only its ``type``.
 
     Raises:
@@ -47,7 +55,7 @@ def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: 
     if (backbone is None) == (timm is None):
         raise ValueError("RLBackbone takes either backbone=dict(type='ResNeSt', ...) or timm='convnext_tiny'")
     if timm is not None:
-        return RLTimmBackbone(timm, replacement=replacement, fold_norm=fold_norm, **kwargs)
+        return RLTimmBackbone(timm, replacement=replacement, fold_norm=fold_norm, transfer=transfer, **kwargs)
     cfg = dict(backbone) if isinstance(backbone, Mapping) else dict(type=backbone)
     twice = sorted(cfg.keys() & kwargs.keys())
     if twice:
@@ -56,7 +64,7 @@ def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: 
     cls = _class_of(cfg.pop('type', None))
     cls = NAMED.get(cls, cls)
     if isinstance(cls, type) and issubclass(cls, ReplacementMixin):
-        return cls(**cfg, replacement=replacement, fold_norm=fold_norm)
+        return cls(**cfg, replacement=replacement, fold_norm=fold_norm, transfer=transfer)
     with assertions_named(cls.__name__):
         built = cls(**cfg)
     built.replacement_report = None
@@ -65,6 +73,7 @@ def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: 
         add_layout_hook(built)
     if fold_norm:
         fold_norm_in_backbone_(built)
+    set_transfer_(built, transfer)
     return built
 
 

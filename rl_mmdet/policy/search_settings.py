@@ -1,0 +1,83 @@
+"""How long a search is, and how its policy learns."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .policy import Policy, Unit
+
+
+@dataclass
+class SearchSettings:
+    """What all searches have in common.
+
+    Args:
+        epochs, iters: length of the search; give one, or none for the first half of the training.
+        temperature: of the policy, at the first and at the last step.
+        lr: of the policy.
+        seed: of the policy.
+
+    Raises:
+        ValueError: a value out of range, or both ``epochs`` and ``iters``.
+    """
+    epochs: int | None = None
+    iters: int | None = None
+    temperature: Sequence[float] = (1., 0.2)
+    lr: float = 0.03
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.iters is not None:
+            raise ValueError(f'epochs={self.epochs!r} and iters={self.iters!r} both say how long the search is; leave '
+                             'one out')
+        for name, value in dict(epochs=self.epochs, iters=self.iters).items():
+            if value is not None and not is_whole(value, 1):
+                raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+        if not is_pair(self.temperature) or not all(is_number(t) and t > 0 for t in self.temperature):
+            raise ValueError(f'temperature must be two numbers above 0, got {self.temperature!r}')
+        if not is_number(self.lr) or self.lr <= 0:
+            raise ValueError(f'lr must be a number above 0, got {self.lr!r}')
+        self.seed = check_seed(self.seed)
+
+    def steps(self, most: int, per_epoch: int | None) -> int:
+        """Number of iterations.
+
+        Args:
+            most: iterations of the run.
+            per_epoch: iterations of an epoch; None if the run doesn't count epochs.
+
+        Raises:
+            ValueError: the search is longer than the run, or counts epochs where the run doesn't.
+        """
+        if self.epochs is not None and per_epoch is None:
+            raise ValueError('the training counts iterations, not epochs; give the search iters=...')
+        steps = self.iters or max(1, most // 2) if self.epochs is None else self.epochs * per_epoch
+        if steps > most:
+            raise ValueError(f'the search of {steps} iterations is longer than the run of {most}; shorten it or train '
+                             'longer')
+        return steps
+
+    def policy(self, units: Sequence[Unit], target: float, steps: int) -> Policy:
+        return Policy(units, target, steps, tuple(self.temperature), self.lr, self.seed)
+
+    def __str__(self) -> str:
+        """The length as it was given."""
+        return ''.join(f', {name}={value}' for name, value in dict(epochs=self.epochs, iters=self.iters).items()
+                       if value is not None)
+
+
+def check_seed(seed: Any) -> int:
+    if not is_whole(seed, 0):
+        raise ValueError(f'seed must be an integer of at least 0, got {seed!r}')
+    return seed
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
