@@ -39,7 +39,7 @@ def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool =
         last = row.chain
         residual = residuals.get(row.name)
         table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}',
-                      '[bold]replaced[/]' if row.replaced else 'kept',
+                      'open' if row.open else '[bold]replaced[/]' if row.replaced else 'kept',
                       ', '.join((row.before, row.after, *row.others)) if row.replaced else '',
                       '' if residual is None else f'{residual:.3f}',
                       _note(row))

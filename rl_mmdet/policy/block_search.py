@@ -37,7 +37,7 @@ class BlockSearch:
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.model = model
         plan = self.space.plan
-        self.policy = plan.settings.policy(_units(self.space), plan.budget.part - 1, steps)
+        self.policy = plan.settings.policy(_units(self.space), plan.budget.part - 1, steps, plan.budget.part)
         for index, saving in enumerate(self.space.savings):
             if saving <= 0:
                 self.policy.settle(index, False)
@@ -77,7 +77,7 @@ class BlockSearch:
 
     def best(self) -> list[bool]:
         """The gates of the choice that would be made now; it keeps the budget, as far as savings add up."""
-        return self.policy.best(lambda gates: self.policy.weight(gates) <= self.policy.target, self.space.fits)
+        return self.policy.best(self.space.fits)
 
     def show_best(self) -> None:
         """Let the model compute what it would with that choice, until the next sample: for validation."""

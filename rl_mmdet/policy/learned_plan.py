@@ -79,13 +79,14 @@ class RandomPlan(Plan):
             savings = self.budget.savings(chains, model, parts)
         saving = [place for place, value in zip(places, savings, strict=True) if value > 0]
         drawn = random.Random(self.seed).sample(saving, len(saving))
+        left = self.budget.left_with(model, parts)
         for name, index in drawn:
-            if self.budget.left(model, choice, parts) <= self.budget.part:
+            if left(choice) <= self.budget.part:
                 break
             add_(choice, chains, name, index)
         for name, index in drawn:
             less = choice | {name: [other for other in choice[name] if other != index]}
-            if self.budget.left(model, less, parts) <= self.budget.part:
+            if left(less) <= self.budget.part:
                 choice = less
         return choice
 

@@ -1,5 +1,5 @@
 """What a choice of blocks may cost, as a part of the unreplaced model."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,9 +52,10 @@ class PlanBudget:
             return _saved_in_training(model, self.image_size)
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
-    def left(self, model: nn.Module, choice: Choice, parts: Mapping[str, Any]) -> float:
-        """What is left of it with a choice of blocks replaced by layers with these parts."""
-        return self.measure(replaced_twin(model, choice, parts)) / self.measure(replaced_twin(model, {}, parts))
+    def left_with(self, model: nn.Module, parts: Mapping[str, Any]) -> Callable[[Choice], float]:
+        """What tells how much is left of it with a choice of blocks replaced by layers with these parts."""
+        whole = self.measure(replaced_twin(model, {}, parts))
+        return lambda choice: self.measure(replaced_twin(model, choice, parts)) / whole
 
     def savings(self, chains: Mapping[str, Chain], model: nn.Module, parts: Mapping[str, Any]) -> list[float]:
         """What replacing each block that can be replaced saves alone; negative where it costs more.
@@ -63,12 +64,13 @@ class PlanBudget:
             ValueError: no choice reaches the budget, or the model can't run on the image.
         """
         places = [Place(chain, index) for chain in chains.values() for index in chain.replaceable()]
-        savings = [1 - self.left(model, {chain.name: [index]}, parts) for chain, index in places]
+        left = self.left_with(model, parts)
+        savings = [1 - left({chain.name: [index]}) for chain, index in places]
         most: Choice = {name: [] for name in chains}
         for (chain, index), saving in zip(places, savings, strict=True):
             if saving > 0:
                 add_(most, chains, chain.name, index)
-        lowest = self.left(model, most, parts)
+        lowest = left(most)
         if lowest > self.part:
             raise ValueError(f'the budget can\'t be reached: with {sum(map(len, most.values()))} blocks replaced, all '
                              f'that save something, {lowest:.3f} of the unreplaced model\'s {self.name} are left'

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 EPS = 1e-6
+PARTS = 20_000
 SETTLE_FROM = 0.5
 """Part of the search after which gates are settled."""
 
@@ -70,6 +71,47 @@ class PolicyNetwork(nn.Module):
         return self.out(torch.tanh(self.hidden(table)))[:, 0] + self.own
 
 
+def most_probable(odds: Tensor, weights: Tensor, limit: float, at_least: bool, tolerance: float) -> list[int]:
+    r"""The subset S of most log-odds :math:`\sum_S o` whose weights keep a limit and come near it.
+
+    By dynamic programming, as knapsacks are packed.
+
+    Args:
+        odds: (N,) log-odds o of each unit to be in it.
+        weights: (N,) above or at 0. They are rounded to parts of their sum, to the side on which the limit is kept.
+        limit: what the weights in S sum up to, at least or at most.
+        at_least: which of the two.
+        tolerance: how far from the limit their sum may be; it is doubled until there is such a subset.
+
+    Returns:
+        Indices of S. If no subset keeps the limit, all of them if they should sum up to at least so much, else none.
+    """
+    part = weights.sum().item() / PARTS or 1.
+    steps = ((weights / part).floor() if at_least else (weights / part).ceil()).long().tolist()
+    value = torch.full((PARTS + len(steps) + 1,), -math.inf, dtype=torch.float64)
+    value[0] = 0.
+    taken = []
+    for odd, step in zip(odds.tolist(), steps, strict=True):
+        with_it = torch.full_like(value, -math.inf)
+        with_it[step:] = value[:len(value) - step] + odd
+        taken.append(with_it > value)
+        value = torch.maximum(value, with_it)
+    over = torch.arange(len(value)) * part - limit
+    distance = over if at_least else -over
+    keeps = (distance >= 0) & value.isfinite()
+    if not keeps.any():
+        return list(range(len(steps))) if at_least else []
+    while not (keeps & (distance <= tolerance)).any():
+        tolerance *= 2
+    place = int(torch.where(keeps & (distance <= tolerance), value, -math.inf).argmax())
+    chosen = []
+    for index in reversed(range(len(steps))):
+        if taken[index][place]:
+            chosen.append(index)
+            place -= steps[index]
+    return chosen
+
+
 class Policy:
     r"""Chooses units by gates :math:`g ∈ \{0, 1\}^N` that a network learns to open, so that a budget is kept.
 
@@ -93,6 +135,7 @@ class Policy:
     Args:
         units: what can be chosen, with weights of one sign.
         target: t, the most that the chosen units may weigh together.
+        tolerance: how much less they should weigh at most, where units are small enough.
         steps: how many times :meth:`learn` is going to be called; the temperature is for that.
         temperature: τ at the first and at the last step.
         lr: of Adam, for the network's biases of units; its layers, which move all units at once, learn with a tenth.
@@ -107,15 +150,17 @@ class Policy:
     """
     MEMORY = 0.95
 
-    def __init__(self, units: Sequence[Unit], target: float, steps: int, temperature: tuple[float, float] = (1., 0.2),
-                 lr: float = 0.03, seed: int = 0) -> None:
+    def __init__(self, units: Sequence[Unit], target: float, steps: int, tolerance: float = 0.01,
+                 temperature: tuple[float, float] = (1., 0.2), lr: float = 0.03, seed: int = 0) -> None:
         self.units = list(units)
         self.target = target
+        self.tolerance = tolerance
         self.steps = steps
         self._check()
         weights = torch.tensor([unit.weight for unit in units], dtype=torch.float64)
         self.scale = weights.abs().mean().item()
         self.weights = weights / self.scale
+        self.saves = bool(weights.sum() < 0)
         self.temperatures = temperature
         self.generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=()):
@@ -211,29 +256,32 @@ class Policy:
         free = [index for index, gate in enumerate(self.settled) if gate is None]
         return max(free, key=lambda index: certainty[index].item(), default=None)
 
-    def best(self, keeps: Callable[[list[bool]], bool], fits: Callable[[list[bool]], bool] = lambda gates: True
-             ) -> list[bool]:
-        """The gates that are opened if a choice is to be made now, the most probable first.
+    def best(self, fits: Callable[[list[bool]], bool] = lambda gates: True) -> list[bool]:
+        """The most probable of the choices that keep the budget and use it up to within the tolerance.
 
-        Where units save, as few are chosen as keep the budget; where they cost, as many as do.
+        Where there is none, the tolerance is doubled until there is. Settled gates stay.
 
         Args:
-            keeps: whether a choice keeps to the budget.
             fits: whether these units can be chosen together; settled ones must fit.
         """
         gates = [bool(gate) for gate in self.settled]
-        order = self.probabilities().argsort(descending=True, stable=True).tolist()
-        free = [index for index in order if self.settled[index] is None]
-        saves = self.weights.sum() < 0
-        for index in free:
+        free = [index for index, gate in enumerate(self.settled) if gate is None]
+        if not free:
+            return gates
+        odds, saves = self._logits(), self.saves
+        room = self.target / self.scale - (torch.tensor(gates).double() @ self.weights).item()
+        limit, tolerance = -room if saves else room, self.tolerance / self.scale
+        for index in most_probable(odds[free], self.weights[free].abs(), limit, saves, tolerance):
+            gates[free[index]] = True
+        return gates if fits(gates) else self._one_by_one(odds.argsort(descending=True).tolist(), fits)
+
+    def _one_by_one(self, order: list[int], fits: Callable[[list[bool]], bool]) -> list[bool]:
+        """A choice that keeps the budget, as far as units fit together, the most probable ones first."""
+        gates = [bool(gate) for gate in self.settled]
+        for index in order:
             tried = [gate or number == index for number, gate in enumerate(gates)]
-            if saves and keeps(gates):
-                break
-            if fits(tried) and (saves or keeps(tried)):
-                gates = tried
-        for index in reversed(free) if saves else ():
-            tried = [gate and number != index for number, gate in enumerate(gates)]
-            if gates[index] and keeps(tried):
+            wanted = self.weight(gates) > self.target if self.saves else self.weight(tried) <= self.target
+            if self.settled[index] is None and wanted and fits(tried):
                 gates = tried
         return gates
 

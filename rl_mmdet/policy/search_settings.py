@@ -56,8 +56,9 @@ class SearchSettings:
                              'longer')
         return steps
 
-    def policy(self, units: Sequence[Unit], target: float, steps: int) -> Policy:
-        return Policy(units, target, steps, tuple(self.temperature), self.lr, self.seed)
+    def policy(self, units: Sequence[Unit], target: float, steps: int, budget: float) -> Policy:
+        """The policy for a search; it uses the budget up to within 1 % where units are small enough for that."""
+        return Policy(units, target, steps, budget / 100, tuple(self.temperature), self.lr, self.seed)
 
     def __str__(self) -> str:
         """The length as it was given."""

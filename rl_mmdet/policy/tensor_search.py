@@ -90,7 +90,7 @@ class TensorSearch:
 
     def best(self) -> list[bool]:
         """The gates of the choice that would be made now."""
-        return self.policy.best(lambda gates: self.policy.weight(gates) <= self.policy.target)
+        return self.policy.best()
 
     @torch.no_grad()
     def conclude_(self, *copies: nn.Module) -> Found:
@@ -143,8 +143,8 @@ class TensorSearch:
 
     def _begin(self) -> None:
         whole = sum(parameter.numel() for parameter in self.model.parameters())
-        self.policy = self.model.transfer.settings.policy(_units(self.model, whole), self.model.transfer.budget,
-                                                          self.steps)
+        transfer = self.model.transfer
+        self.policy = transfer.settings.policy(_units(self.model, whole), transfer.budget, self.steps, transfer.budget)
 
     def _draw(self) -> list[bool]:
         return self.policy.sample()
