@@ -1,17 +1,21 @@
 """The search for a plan: a policy learns which of a model's open blocks are replaced."""
+import logging
 from collections.abc import Callable
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..replacement import ReplacementReport, computing_layers
+from ..replacement import ReplacementReport, computing_layers, unfold_norm_
 from ..replacement.plans import Choice
 from ..replacement.search_space import NAME, SearchSpace, finish_search_
 from ..replacement.trial import copy_around_parameters
 from .found import Found
 from .policy import Unit
+
+logger = logging.getLogger('rl_mmdet')
 
 
 class BlockSearch:
@@ -89,19 +93,23 @@ class BlockSearch:
         Where savings don't quite add up, the most probable of the other blocks are replaced as well.
         """
         gates = self.best()
-        others = [index for index in self.policy.scores.argsort(descending=True).tolist() if not gates[index]]
-        for index in [None, *others]:
+        left, part = self.measure(gates), self.space.plan.budget.part
+        for index in self.policy.scores.argsort(descending=True).tolist():
             tried = [gate or number == index for number, gate in enumerate(gates)]
-            if self.space.fits(tried):
-                gates = tried
-            left = self.measure(gates)
-            if left <= self.space.plan.budget.part:
-                break
+            if left > part and not gates[index] and self.space.savings[index] > 0 and self.space.fits(tried):
+                gates, left = tried, self.measure(tried)
+        if left > part:
+            logger.warning('%s: the budget is not kept: %.4f are left with all blocks replaced that go together',
+                           self.space.plan, left)
         return self.space.choice(gates), left
 
     def measure(self, gates: list[bool]) -> float:
         """What is left of the budgeted quantity with this choice, as a part of the unreplaced model's."""
-        return self._measure(gates) / self._measure([False] * len(gates))
+        return self._measure(gates) / self._whole
+
+    @cached_property
+    def _whole(self) -> float:
+        return self._measure([False] * len(self.space.places))
 
     def finish_(self, choice: Choice, *copies: nn.Module) -> ReplacementReport:
         """Turn the model, and copies of it, into the replaced ones; see :func:`~.search_space.finish_search_`."""
@@ -150,6 +158,7 @@ class BlockSearch:
     def _measure(self, gates: list[bool]) -> float:
         twin = copy_around_parameters(self.model)
         finish_search_(twin, self.space.choice(gates))
+        unfold_norm_(twin)  # savings were measured without
         twin.eval()
         return self.space.plan.budget.measure(twin)
 

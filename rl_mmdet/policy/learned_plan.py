@@ -1,6 +1,6 @@
 """LearnedPlan: where to replace is learned while the model trains; and the random choice to compare it with."""
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,9 @@ from ..replacement import PLANS, Chain
 from ..replacement.plans import Choice, Plan, add_
 from .plan_budget import PlanBudget
 from .search_settings import SearchSettings, check_seed
+
+DRAWS = 100
+"""How often a RandomPlan draws at most: where blocks exclude each other not every draw keeps the budget."""
 
 
 @PLANS.register_module()
@@ -72,14 +75,23 @@ class RandomPlan(Plan):
             raise ValueError('RandomPlan: it measures the model, so it needs one; use it as the plan of '
                              'replace_blocks_()')
         places = [(name, index) for name, chain in chains.items() for index in chain.replaceable()]
-        choice: Choice = {name: [] for name in chains}
         if not places:
-            return choice
+            return {name: [] for name in chains}
         with _named(self):
             savings = self.budget.savings(chains, model, parts)
         saving = [place for place, value in zip(places, savings, strict=True) if value > 0]
-        drawn = random.Random(self.seed).sample(saving, len(saving))
-        left = self.budget.left_with(model, parts)
+        generator, left = random.Random(self.seed), self.budget.left_with(model, parts)
+        for _ in range(DRAWS):
+            choice = self._draw(chains, generator.sample(saving, len(saving)), left)
+            if left(choice) <= self.budget.part:
+                return choice
+        raise ValueError(f'{self}: {DRAWS} draws found no choice that keeps the budget: too many of the blocks exclude '
+                         'each other')
+
+    def _draw(self, chains: Mapping[str, Chain], drawn: list[tuple[str, int]],
+              left: Callable[[Choice], float]) -> Choice:
+        """The first of the blocks that keep the budget, without those that turn out to be needless."""
+        choice: Choice = {name: [] for name in chains}
         for name, index in drawn:
             if left(choice) <= self.budget.part:
                 break

@@ -1,6 +1,7 @@
 """The policy: which units of a model are chosen, learned by gradient under a budget."""
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,8 @@ def descriptors(units: Sequence[Unit]) -> Tensor:
     table = torch.tensor(rows)
     spread = table.std(0, correction=0)
     varies = spread > EPS * table.abs().amax(0)
+    if not varies.any():
+        return torch.zeros(len(units), 1)
     return (table[:, varies] - table[:, varies].mean(0)) / spread[varies]
 
 
@@ -310,7 +313,7 @@ class Policy:
         self.optimizer.load_state_dict(state['optimizer'])
         self.generator.set_state(state['generator'])
         for name in ('step', 'scores', 'mean_square', 'settled', 'given'):
-            setattr(self, name, state[name])
+            setattr(self, name, copy(state[name]))
 
     @torch.no_grad()
     def _scores(self) -> Tensor:

@@ -1,6 +1,4 @@
 """Gated blocks: a block and the computing layer that could stand there, side by side while a plan is being learned."""
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,6 +39,7 @@ class GatedBlock(nn.Module):
     blocks; for backward one more tensor of each output's size is kept.
 
     The block stays what it is: a module of its class, with its keys in the state dict. The computing layer is a child.
+    Neither may change its input in place.
 
     Attributes:
         replaced: the computing layer.
@@ -57,12 +56,16 @@ class GatedBlock(nn.Module):
         chosen = self._run_one(gate.replace, method, *args, **kwargs)
         if gate.settled or not (torch.is_grad_enabled() or gate.fresh):
             return chosen
-        with torch.no_grad(), _no_cached_casts():
+        with torch.no_grad():
             other = self._run_one(not gate.replace, method, *args, **kwargs)
         if gate.leaf is None:
             return chosen
         sign = 1 if gate.replace else -1
-        return tree_map(lambda one, another: _Gated.apply(one, another, gate.leaf, sign), chosen, other)
+
+        def gated(one: Any, another: Any) -> Any:
+            return _Gated.apply(one, another, gate.leaf, sign) if isinstance(one, Tensor) else one
+
+        return tree_map(gated, chosen, other)
 
     def _run_one(self, replace: bool, method: str, *args: Any, **kwargs: Any) -> Any:
         if replace:
@@ -121,14 +124,3 @@ def _gated(method: str) -> Any:
 def _new(cls: type[nn.Module]) -> GatedBlock:
     gated = _gated_class(cls)
     return gated.__new__(gated)
-
-
-@contextmanager
-def _no_cached_casts() -> Iterator[None]:
-    """Keep autocast from remembering a weight's cast that has no gradient, and from using it in another place."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)

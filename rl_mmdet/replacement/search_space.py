@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .chain import Chain, Place
 from .computing_layer import ComputingLayer
 from .gated_block import GatedBlock, gate_, ungate_
-from .plans import Choice
+from .plans import Choice, describe_replaceable
 from .rebuild import follow
 from .report import ReplacementReport, describe_blocks
 from .trial import copy_around_parameters
@@ -71,6 +71,8 @@ class SearchSpace:
                   settled: Sequence[bool] | None = None) -> None:
         """Let these blocks be replaced from now on, and each computing layer use the blocks that are kept now.
 
+        A block that can't be replaced beside these runs alone in the meantime.
+
         Args:
             replaced: blocks that fit together.
             leaves: tensors that get the gradients with respect to the gates; none by default.
@@ -82,6 +84,9 @@ class SearchSpace:
             gate.replace, gate.fresh = replaced[number], False
             gate.leaf = None if leaves is None else leaves[number]
             gate.settled = settled is not None and settled[number]
+            if not replaced[number] and not gate.settled:
+                beside = choice | {chain.name: sorted([*choice[chain.name], index])}
+                gate.settled = chain.why_not(index, beside) is not None
             if replaced[number] or not gate.settled:
                 chain.blocks[index].replaced.rebind(chain, index, choice)
 
@@ -98,8 +103,16 @@ def finish_search_(model: nn.Module, choice: Mapping[str, Sequence[int]]) -> Rep
 
     Returns:
         As :func:`~.surgery.replace_blocks_`.
+
+    Raises:
+        ValueError: a block isn't one of the space's. The model is then untouched.
     """
     space: SearchSpace = getattr(model, NAME)
+    known = {(chain.name, index) for chain, index in space.places}
+    for name, index in ((name, index) for name, indices in choice.items() for index in indices):
+        if (name, index) not in known:
+            raise ValueError(f'{name} block {index} isn\'t one of those that may be replaced; '
+                             f'{describe_replaceable(space.chains)}')
     choice = {name: sorted(choice.get(name, ())) for name in space.chains}
     layers = {place: ungate_(place.block) for place in space.places}
     rows = describe_blocks(space.chains, choice)

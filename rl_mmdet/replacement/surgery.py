@@ -50,6 +50,7 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
         >>> report = replace_blocks_(model, dict(plan=dict(type='EveryKth', k=2)))
     """
     plan, parts = _build_parts(replacement)
+    _check_no_search(model)
     if computing_layers(model):
         raise ValueError('replacement: the model has computing layers already; materialize() it first')
     chains = find_chains(model, parts['fusion'].adapt, parts['operator'])
@@ -157,13 +158,13 @@ def _begin_search_(model: nn.Module, chains: Mapping[str, Chain], plan: Any,
         raise ValueError(f'replacement.plan: {plan} chooses what is made of other blocks\' weights, and '
                          f'{parts["fusion"]} makes nothing; take another fusion or plan')
     candidates = {name: chain.replaceable() for name, chain in chains.items()}
+    _check_fusion(chains, candidates, parts['fusion'])
+    _check_memory(chains, candidates, parts)
     try:
         _check_some(chains, candidates, plan)
         savings = plan.savings(chains, model, parts)
     except ValueError as error:
         raise ValueError(f'replacement.plan: {error}') from None
-    _check_fusion(chains, candidates, parts['fusion'])
-    _check_memory(chains, candidates, parts)
     space = SearchSpace(model, chains, plan, savings, parts)
     add_pretrained_hook(model)
     return ReplacementReport(space.rows, {key: repr(part) for key, part in dict(plan=plan, **parts).items()})
