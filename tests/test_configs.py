@@ -18,14 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [folder for folder in sorted((ROOT / 'configs').iterdir()) if folder.is_dir() and folder.name != '_base_']
 CONFIGS = [path for folder in FOLDERS for path in sorted(folder.glob('*.py'))]
 REPLACED = [path for path in CONFIGS if '_rl-' in path.name]
+LEARNED = [path for path in CONFIGS if '_learned-' in path.name]
+SWR = [path for path in CONFIGS if '_swr-' in path.name]
 ZOO = [folder for folder in FOLDERS if folder.name.startswith('rl_')]
 OWN_DATA = [path for path in CONFIGS if path.parent not in ZOO]
 NAME = re.compile(
     r'[a-z0-9]+(-[a-z0-9]+)*'                                 # algorithm
-    r'_(?P<rl>rl-)?(?P<backbone>[a-z0-9]+(-[a-z0-9]+)*?)(-k(?P<k>\d))?'
+    r'_(?P<rl>rl-)?((?P<search>learned|swr)-)?(?P<backbone>[a-z0-9]+(-[a-z0-9]+)*?)(-k(?P<k>\d))?'
     r'(_(simple-)?fpn)?'                                      # neck
     r'(_[a-z0-9]+(-[a-z0-9]+)*)*'                             # settings
-    r'_(coco|coco-panoptic|coco-subset|bccd|digits)\.py')     # dataset
+    r'_(coco|coco-panoptic|coco-subset|bccd|digits|digits-bccd)\.py')     # dataset
 TYPES = {'ResNet': 'RLResNet', 'ResNeXt': 'RLResNeXt', 'SwinTransformer': 'RLSwin', 'CSPNeXt': 'RLBackbone',
          'RLViT': 'RLViT'}
 OWN_HOOKS = [dict(type='RecalibrateNormsHook'), dict(type='FiniteLossHook')]
@@ -76,8 +78,8 @@ def read_once(path):
 
 
 def baseline_of(path):
-    """The config of the same name without ``rl-`` and ``-k``: ours beside it, or MMDetection's."""
-    plain = re.sub(r'-k\d', '', path.name.replace('_rl-', '_'))
+    """The config of the same name without ``rl-`` and ``-k``, or the like: ours beside it, or MMDetection's."""
+    plain = re.sub(r'-k\d', '', re.sub('_(rl|learned|swr)-', '_', path.name))
     ours = path.with_name(plain)
     if ours.exists():
         return ours
@@ -157,7 +159,11 @@ def test_config_has_a_model_data_and_a_schedule(path):
 def test_name_follows_the_convention(path):
     match = NAME.fullmatch(path.name)
     assert match is not None
-    assert (match['rl'] is not None) == (match['k'] is not None) == ('replacement' in load(path).model.backbone)
+    backbone = load(path).model.backbone
+    plan = (backbone.get('replacement') or {}).get('plan', {})
+    assert (match['rl'] is not None) == (match['k'] is not None) == (plan.get('type') == 'EveryKth')
+    assert (match['search'] == 'learned') == (plan.get('type') == 'LearnedPlan')
+    assert (match['search'] == 'swr') == ('transfer' in backbone)
 
 
 @pytest.mark.parametrize('path', REPLACED, ids=stem)
@@ -201,6 +207,33 @@ def test_no_hook_of_the_baseline_is_lost(path):
 @pytest.mark.parametrize('path', REPLACED, ids=stem)
 def test_backbone_replaces_every_kth_block(path):
     assert report(path).replaced == EXPECTED[called(path), load(path).model.backbone.replacement.plan.k]
+
+
+@pytest.mark.parametrize('path', LEARNED + SWR, ids=stem)
+def test_config_of_a_search_differs_from_its_baseline_only_in_the_search(path):
+    ours, baseline = flat(load(path).to_dict()), flat(load(baseline_of(path)).to_dict())
+    expected = DIFFERENCES | {'find_unused_parameters'}
+    if path in SWR:
+        expected = {'custom_imports', 'custom_hooks', 'model.backbone.type', 'model.backbone.transfer.type',
+                    'model.backbone.transfer.budget'}
+    assert {key for key in ours | baseline if ours.get(key) != baseline.get(key)} == expected
+    assert load(path).model.backbone.type == TYPES[load(baseline_of(path)).model.backbone.type]
+    hooks = [hook['type'] for hook in load(path).custom_hooks]
+    assert hooks == ['RecalibrateNormsHook', 'FiniteLossHook', 'SearchHook'][path in SWR:]
+
+
+@pytest.mark.parametrize('path', [path for path in LEARNED if path.parent.name == 'swr'], ids=stem)
+def test_readme_of_learned_plans_says_what_may_be_replaced_and_what_is_left(path):
+    cfg = load(path).model.backbone
+    backbone = MODELS.build(dict(cfg, init_cfg=None))
+    rows = backbone.replacement_report.rows
+    budget = f'{100 * cfg.replacement.plan.budget.params:.3g} %'
+    line = f'| {sum(row.open for row in rows)} of {len(rows)} blocks | {budget} | 1x | [config]({path.name}) |'
+    assert line in (path.parent / 'README.md').read_text()
+    every_second = MODELS.build(dict(cfg, init_cfg=None, replacement=dict(plan=dict(type='EveryKth', k=2))))
+    plain = MODELS.build(dict(cfg, init_cfg=None, replacement=None))
+    left = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (every_second, plain)]
+    assert 0 <= cfg.replacement.plan.budget.params - left[0] / left[1] < 0.01
 
 
 @pytest.mark.parametrize('path', [path for path in CONFIGS if re.search(r'_\d+xb\d', path.name)], ids=stem)

@@ -65,7 +65,10 @@ def add_rl_defaults_(cfg: Config) -> Config:
     cfg.custom_hooks = hooks + [ConfigDict(type=name) for name in wanted if name not in present]
     keys = [key for _, key in searches_of(cfg)]
     if keys and 'SearchHook' not in present:
-        _add_search_(cfg, 'plan' in keys)
+        before = (cfg.get('model_wrapper_cfg') or cfg).get('find_unused_parameters', False)
+        cfg.custom_hooks.append(ConfigDict(type='SearchHook', find_unused_parameters=bool(before)))
+    if 'plan' in keys:
+        set_unused_(cfg, True)
     return cfg
 
 
@@ -78,6 +81,13 @@ def searches_of(cfg: Config) -> list[tuple[Any, str]]:
     """The settings of the model that are learned in a search: the dict that has it, and its key there."""
     nodes = [(node, key) for node in nested_dicts(cfg.get('model') or {}) for key in ('plan', 'transfer')]
     return [(node, key) for node, key in nodes if _searches(node.get(key), PLANS if key == 'plan' else TRANSFERS)]
+
+
+def set_unused_(cfg: Config, find: bool) -> None:
+    """Whether DDP looks for parameters that a step doesn't use."""
+    cfg.find_unused_parameters = find
+    if cfg.get('model_wrapper_cfg'):
+        cfg.model_wrapper_cfg.find_unused_parameters = find
 
 
 def nested_dicts(node: Any) -> Iterator[Mapping]:
@@ -94,14 +104,6 @@ def _searches(setting: Any, registry: Registry) -> bool:
     kind = setting.get('type') if isinstance(setting, Mapping) else None
     kind = registry.get(kind) if isinstance(kind, str) else kind
     return bool(getattr(kind, 'searches', False))
-
-
-def _add_search_(cfg: Config, plan: bool) -> None:
-    where = cfg.model_wrapper_cfg if cfg.get('model_wrapper_cfg') else cfg
-    before = bool(where.get('find_unused_parameters', False))
-    cfg.custom_hooks.append(ConfigDict(type='SearchHook', find_unused_parameters=before))
-    if plan:
-        where.find_unused_parameters = True
 
 
 def _move_data_root_(cfg: Config, old: str | None, new: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ..policy import searched_setting
 from ..replacement.search_space import NAME
 from .checkpoint import read_checkpoint
-from .config import searches_of
+from .config import searches_of, set_unused_
 from .errors import UserError
 
 FOUND = 'found'
@@ -72,6 +72,7 @@ def take_found_(cfg: Config, checkpoint: str | None, allow_pickle: bool = False)
     found = read_checkpoint(checkpoint, allow_pickle).get(FOUND) if checkpoint and searches_of(cfg) else None
     if found:
         set_found_(cfg, found)
+        cfg.custom_hooks.append(dict(type='SearchHook', found=found))  # so that later checkpoints know it as well
 
 
 def set_found_(cfg: Config, found: Mapping[str, Any]) -> None:
@@ -79,13 +80,27 @@ def set_found_(cfg: Config, found: Mapping[str, Any]) -> None:
     for node, key in searches_of(cfg):
         if key in found:
             node[key] = deepcopy(dict(found[key]))
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != 'SearchHook']
+    hooks = cfg.get('custom_hooks') or []
+    for hook in hooks:
+        if hook.get('type') == 'SearchHook':
+            set_unused_(cfg, hook.get('find_unused_parameters', False))
+    cfg.custom_hooks = [hook for hook in hooks if hook.get('type') != 'SearchHook']
 
 
-def found_config_file(cfg: Config) -> str:
+def found_config(cfg: Config) -> Config:
+    """The config of a run whose search has ended, for a run from its start."""
+    cfg = Config(deepcopy(cfg._cfg_dict))
+    if cfg.get('resume'):
+        cfg.load_from, cfg.resume = None, False
+    for name in ('work_dir', 'launcher', 'experiment_name'):
+        cfg.pop(name, None)
+    return cfg
+
+
+def found_config_file(cfg: Config, work_dir: str) -> str:
     """Where a search saves the config with what it finds."""
     stem = os.path.splitext(os.path.basename(cfg.filename or 'config'))[0]
-    return os.path.join(cfg.work_dir, f'{stem}_found.py')
+    return os.path.join(work_dir, f'{stem}_found.py')
 
 
 def drop_parameters_(optim_wrapper: OptimWrapper, schedulers: list[_ParamScheduler], model: nn.Module) -> None:
@@ -103,9 +118,10 @@ def drop_parameters_(optim_wrapper: OptimWrapper, schedulers: list[_ParamSchedul
     empty = {index for index, group in enumerate(optimizer.param_groups) if not group['params']}
     optimizer.param_groups[:] = [group for index, group in enumerate(optimizer.param_groups) if index not in empty]
     for scheduler in schedulers:
-        for name in ('base_values', '_last_value'):
-            values = getattr(scheduler, name)
-            setattr(scheduler, name, [value for index, value in enumerate(values) if index not in empty])
+        for name in ('base_values', '_last_value', 'min_values'):
+            values = getattr(scheduler, name, None)
+            if isinstance(values, list):
+                setattr(scheduler, name, [value for index, value in enumerate(values) if index not in empty])
 
 
 def _check_length(setting: Any, loop: Mapping[str, Any]) -> None:

@@ -81,7 +81,8 @@ def _(module: nn.Module) -> bool:
 
 
 def _translate_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    translated = own_layout(module, state_dict_of(state_dict, prefix, wrapped=not prefix))
+    own = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    translated = own_layout(module, state_dict_of(own, wrapped=not prefix))
     for key in [key for key in state_dict if key.startswith(prefix)]:
         del state_dict[key]
     state_dict.update({prefix + key: value for key, value in translated.items()})

@@ -2,17 +2,21 @@
 from functools import partial
 
 from mmdet.registry import HOOKS
+from mmengine.config import ConfigDict
 from mmengine.dist import all_reduce, broadcast, master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-from ...policy import BlockSearch, TensorSearch, begin_search, searched_setting
+from ...policy import BlockSearch, LearnedPlan, TensorSearch, begin_search, searched_setting
+from ...replacement import computing_layers
+from ..config import set_unused_
 from ..errors import UserError
 from ..files import write_text
-from ..search import FOUND, SEARCH, drop_parameters_, found_config_file, searched_module, set_found_
+from ..search import FOUND, SEARCH, drop_parameters_, found_config, found_config_file, searched_module, set_found_
 from .recalibrate_norms import RecalibrateNormsHook
 
 
@@ -32,17 +36,19 @@ class SearchHook(Hook):
     Args:
         interval: iterations between two lines of the log, ``search/<unit>``: the probability that it is chosen.
         find_unused_parameters: DDP's setting for after the search.
+        found: what a search has found before this run was resumed, to be kept in its checkpoints.
 
     Raises:
-        UserError: the search is longer than the run, or a checkpoint to resume from has none.
+        UserError: the search is longer than the run, a checkpoint to resume from has none, several optimizers, or DDP
+            that doesn't look for unused parameters.
     """
     priority = 'HIGH'
 
-    def __init__(self, interval: int = 50, find_unused_parameters: bool = False) -> None:
+    def __init__(self, interval: int = 50, find_unused_parameters: bool = False, found: dict | None = None) -> None:
         self.interval = interval
         self.find_unused_parameters = find_unused_parameters
         self.search: BlockSearch | TensorSearch | None = None
-        self.found: dict | None = None
+        self.found = found.to_dict() if isinstance(found, ConfigDict) else found
         self.scale = 1.
         self._state: dict | None = None
 
@@ -64,6 +70,7 @@ class SearchHook(Hook):
     def before_train(self, runner: Runner) -> None:
         if not hasattr(self, 'name'):
             return
+        self._check(runner)
         self.search = begin_search(_model(runner).get_submodule(self.name), self.steps)
         if self._state is not None:
             try:
@@ -102,6 +109,15 @@ class SearchHook(Hook):
         if self.found is not None:
             checkpoint[FOUND] = self.found
 
+    def _check(self, runner: Runner) -> None:
+        setting = searched_setting(_model(runner).get_submodule(self.name))
+        if not isinstance(runner.optim_wrapper, OptimWrapper):
+            raise UserError(f'{setting}: a search needs one optimizer for the whole model, not a '
+                            f'{type(runner.optim_wrapper).__name__}')
+        if isinstance(setting, LearnedPlan) and not getattr(runner.model, 'find_unused_parameters', True):
+            raise UserError(f'{setting}: a step of the search doesn\'t use all parameters; set '
+                            'find_unused_parameters=True, as configs/_base_/learned_plan.py does')
+
     def _reduce(self, gradient: Tensor) -> None:
         all_reduce(gradient.div_(self.scale), op='mean')
 
@@ -119,30 +135,40 @@ class SearchHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, RecalibrateNormsHook):
                 hook.recalibrate(runner)
+        for average in averages:
+            _copy_statistics_(model, average.module)
         print_log(f'the search has ended. {text}', 'current')
         set_found_(runner.cfg, self.found)
         self._save_config(runner)
 
     def _wrap_again_(self, runner: Runner, model: nn.Module) -> None:
         """DDP's buckets are made for the parameters of before."""
-        wrapper = runner.cfg.get('model_wrapper_cfg')
-        for settings in (runner.cfg, wrapper):
-            if settings:
-                settings.find_unused_parameters = self.find_unused_parameters
+        set_unused_(runner.cfg, self.find_unused_parameters)
         if runner.model is not model:
             runner.model = None
-            runner.model = runner.wrap_model(wrapper, model)
+            runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
 
     @master_only
     def _save_config(self, runner: Runner) -> None:
-        path = found_config_file(runner.cfg)
-        write_text(path, runner.cfg.pretty_text)
+        if not runner.cfg.get('model'):  # a Runner without a config
+            return
+        path = found_config_file(runner.cfg, runner.work_dir)
+        write_text(path, found_config(runner.cfg).pretty_text)
         print_log(f'the config with what was found: {path}', 'current')
 
 
 def _look(hook: SearchHook, *_: object) -> None:
     if hook.search is not None:
         hook.search.look()
+
+
+def _copy_statistics_(model: nn.Module, average: nn.Module) -> None:
+    """The statistics of computing layers' norms that don't train, which are new."""
+    others = computing_layers(average)
+    for name, layer in computing_layers(model).items():
+        for mine, theirs in zip(layer.modules(), others[name].modules(), strict=True):
+            for key, buffer in mine.named_buffers(recurse=False) if not mine.training else ():
+                theirs.get_buffer(key).copy_(buffer)
 
 
 def _steps(runner: Runner, module: nn.Module) -> int:

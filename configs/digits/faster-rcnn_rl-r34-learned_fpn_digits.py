@@ -1,1 +1,0 @@
-faster-rcnn_learned-r34_fpn_digits.py

@@ -1,0 +1,205 @@
+"""The tools with a plan that is learned: train, interrupt and resume, test, materialize, compare what it costs."""
+import json
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.registry import HOOKS
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from rl_mmdet.analysis.compare.costs import measure_costs
+from rl_mmdet.engine import load_config, read_checkpoint
+
+EPOCHS = 4
+"""Of two iterations; the search is the first half."""
+LEARNED = '''
+plan = dict(_delete_=True, type='LearnedPlan', budget=dict(params=0.8))
+model = dict(backbone=dict(base_channels=4, replacement=dict(plan=plan)), neck=dict(in_channels=[4, 8, 16, 32]),
+             test_cfg=dict(score_thr=0., max_per_img=20))
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=-1))
+train_dataloader['dataset']['num_images'] = 4
+train_cfg = dict(max_epochs=4, val_begin=9)
+'''
+"""Every prediction counts, so that a detector that has learned nothing shows what it computes."""
+BASELINE = '''
+model = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[4, 8, 16, 32]),
+             test_cfg=dict(score_thr=0., max_per_img=20))
+'''
+
+
+@HOOKS.register_module()
+class InterruptHook(Hook):
+    """Ctrl-C before an iteration."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: list | None = None) -> None:
+        if runner.iter == self.iteration:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp('search')
+
+
+@pytest.fixture(scope='module')
+def config(write_tiny_config, folder) -> str:
+    return write_tiny_config(folder, 'atss_rl-r34-k2_fpn_digits.py', LEARNED)
+
+
+@pytest.fixture
+def train(run_tool) -> Callable[..., tuple]:
+    """tools/train.py, with a name of its own for each run."""
+    def run(config: str, work: Path, *args: object, options: tuple[str, ...] = ()) -> tuple:
+        name = f'{work.parent.name}_{work.name}_{len(list(work.glob("*")))}'
+        return run_tool('train')(config, '--work-dir', work, *args, '--cfg-options', f'experiment_name={name}',
+                                 f'visualizer.name={name}', *options)
+    return run
+
+
+@pytest.fixture
+def whole(train, config, folder) -> Path:
+    """The work dir of a run that nobody has disturbed."""
+    work = folder / 'whole'
+    if not work.exists():
+        status, captured = train(config, work)
+        assert status == 0, captured.err[-2000:]
+    return work
+
+
+@pytest.fixture
+def predict(run_tool, tmp_path) -> Callable[..., list]:
+    """tools/test.py; the detections and the AP."""
+    def run(config: str | Path, checkpoint: str | Path, *options: str) -> tuple[list, float]:
+        out = tmp_path / f'{len(list(tmp_path.iterdir()))}.pkl'
+        work = out.with_suffix('')
+        status, captured = run_tool('test')(config, checkpoint, '--work-dir', work, '--out', out, '--cfg-options',
+                                            f'experiment_name={tmp_path.name}_{out.stem}', *options)
+        assert status == 0, captured.err[-2000:]
+        found = [sample['pred_instances'] for sample in pickle.loads(out.read_bytes())]
+        assert all(len(sample['scores']) for sample in found)
+        [scores] = [json.loads(file.read_text()) for file in work.glob('*/*.json')]
+        return found, scores['coco/bbox_mAP']
+    return run
+
+
+def found_config(work: Path, config: str) -> Path:
+    return work / f'{Path(config).stem}_found.py'
+
+
+def plan(work: Path, config: str) -> dict:
+    return Config.fromfile(found_config(work, config)).model.backbone.replacement.plan.to_dict()
+
+
+def assert_same_predictions(one: list, other: list, **tolerance: float) -> None:
+    for mine, others in zip(one, other, strict=True):
+        assert mine.keys() == others.keys()
+        for name, value in mine.items():
+            torch.testing.assert_close(value, others[name], **(tolerance or dict(rtol=0, atol=0)))
+
+
+def test_a_trained_search_is_tested_alike_by_its_own_and_by_the_found_config(whole, config, predict):
+    checkpoint = whole / f'epoch_{EPOCHS}.pth'
+    one, score = predict(config, checkpoint)
+    other, same_score = predict(found_config(whole, config), checkpoint)
+    assert_same_predictions(one, other)
+    assert score == same_score
+
+
+def test_materialized_it_is_a_baseline_that_predicts_the_same(whole, config, predict, run_tool, write_tiny_config,
+                                                              tmp_path):
+    status, captured = run_tool('materialize')(config, whole / f'epoch_{EPOCHS}.pth', tmp_path / 'plain.pth')
+    assert status == 0, captured.err[-2000:]
+    blocks = sum(map(len, plan(whole, config)['blocks'].values()))
+    assert f'{blocks} computing layers are plain blocks now' in captured.out
+    baseline = write_tiny_config(tmp_path, 'atss_r34_fpn_digits.py', BASELINE)
+    root = str(Path(config).parent / 'digits') + '/'
+    one, _ = predict(baseline, tmp_path / 'plain.pth', f'data_root={root}')
+    other, _ = predict(config, whole / f'epoch_{EPOCHS}.pth')
+    assert_same_predictions(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_ctrl_c_in_the_search_is_one_word_and_the_resumed_run_ends_as_if_nothing_had_been(
+        train, whole, config, write_tiny_config, tmp_path):
+    work = tmp_path / 'work'
+    interrupted = write_tiny_config(tmp_path, 'atss_rl-r34-k2_fpn_digits.py',
+                                    LEARNED + "custom_hooks = [dict(type='InterruptHook', iteration=3)]\n")
+    status, captured = train(interrupted, work)
+    assert status == 130
+    assert captured.err.strip().splitlines()[-1] == 'interrupted'
+    assert 'Traceback' not in captured.err
+    assert [file.name for file in work.glob('*.pth')] == ['epoch_1.pth']
+    assert not found_config(work, config).exists()
+    status, captured = train(config, work, '--resume')
+    assert status == 0, captured.err[-2000:]
+    assert plan(work, config) == plan(whole, config)
+    one, other = (read_checkpoint(f'{each}/epoch_{EPOCHS}.pth')['state_dict'] for each in (work, whole))
+    assert list(one) == list(other)
+    assert [name for name, value in other.items() if not torch.equal(one[name], value)] == []
+
+
+def test_a_run_that_was_resumed_after_its_search_is_tested_with_the_searchs_config(train, whole, config, predict,
+                                                                                   tmp_path):
+    status, captured = train(config, tmp_path / 'work', '--resume', whole / 'epoch_3.pth')
+    assert status == 0, captured.err[-2000:]
+    one, _ = predict(config, tmp_path / 'work' / f'epoch_{EPOCHS}.pth')
+    other, _ = predict(config, whole / f'epoch_{EPOCHS}.pth')
+    assert_same_predictions(one, other)
+
+
+@pytest.mark.parametrize(('tool', 'out', 'advice'), [('test', [], 'train until the search has ended'),
+                                                     ('materialize', ['plain.pth'], 'finish the search first')])
+def test_what_was_saved_during_the_search_is_refused_in_one_line(whole, config, run_tool, tmp_path, tool, out,
+                                                                 advice):
+    status, captured = run_tool(tool)(config, whole / 'epoch_1.pth', *out)
+    assert status == 1
+    [line] = [line for line in captured.err.splitlines() if line.startswith('error: ')]
+    assert 'epoch_1.pth' in line and advice in line
+    assert 'Traceback' not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(('option', 'complaint'), [
+    ('model.backbone.replacement.plan.epochs=5', 'the search of 5 epochs is longer than the run of 4'),
+    ('model.backbone.replacement.plan.budget.params=0.05', "the budget can't be reached"),
+    ('compile=True', "a search can't be compiled"),
+])
+def test_a_search_that_cannot_be_run_is_one_line_and_nothing_is_written(train, config, tmp_path, option, complaint):
+    status, captured = train(config, tmp_path / 'work', options=(option, ))
+    assert status == 1
+    [line] = [line for line in captured.err.splitlines() if line.startswith('error: ')]
+    assert complaint in line
+    assert 'Traceback' not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_with_a_longer_training_is_one_line(train, whole, config, tmp_path):
+    """Half of it would be a longer search."""
+    status, captured = train(config, tmp_path / 'work', '--resume', whole / 'epoch_1.pth',
+                             options=('train_cfg.max_epochs=6', ))
+    assert status == 1
+    [line] = [line for line in captured.err.splitlines() if line.startswith('error: ')]
+    assert line.startswith('error: resume: the search was to take 4 steps and would now take 6')
+    assert 'Traceback' not in captured.err
+
+
+def test_the_cost_of_a_plan_is_known_when_it_has_been_found(whole, config, write_tiny_config, tmp_path):
+    baseline = write_tiny_config(tmp_path, 'atss_r34_fpn_digits.py', BASELINE)
+    cfgs = {'baseline': load_config(baseline, dict(data_root=str(Path(config).parent / 'digits'))),
+            'learned': load_config(config), 'searching': load_config(config)}
+    last = whole / f'epoch_{EPOCHS}.pth'
+    costs = measure_costs(cfgs, {'learned': last, 'searching': whole / 'epoch_1.pth'}, 1, say=lambda line: None)
+    assert costs['searching'] == 'what it costs is not known before its search has found a plan; train it first'
+    assert 0.5 < costs['learned'].parameters / costs['baseline'].parameters < 1
+    state = read_checkpoint(str(last))['state_dict']
+    buffers = ('running_mean', 'running_var', 'num_batches_tracked')
+    assert costs['learned'].parameters == sum(
+        value.numel() for name, value in state.items() if not name.endswith(buffers))
