@@ -60,9 +60,9 @@ class GatedBlock(nn.Module):
         with torch.no_grad():
             other = self._run_one(not gate.replace, method, *args, **kwargs)
         if gate.leaf is None:
-            if torch.is_grad_enabled():
-                warnings.warn('a model whose plan is to be learned is run with gradient, but no gates were drawn: it is the '
-                              'unreplaced model then; training needs SearchHook or a BlockSearch', stacklevel=2)
+            if gate.fresh and torch.is_grad_enabled():
+                warnings.warn('a model whose plan is to be learned runs with gradient, but no gates were drawn: it is '
+                              'the unreplaced model; training needs SearchHook or a BlockSearch', stacklevel=2)
             return chosen
         sign = 1 if gate.replace else -1
 
