@@ -1,4 +1,6 @@
-# A policy learns in the first half which blocks to replace; the second half trains what it has chosen.
+# A policy learns in the first quarter which blocks to replace; the rest trains what it has chosen.
 _base_ = ['faster-rcnn_r34_fpn_digits.py', '../_base_/learned_plan.py']
-model = dict(backbone=dict(type='RLResNet', replacement=dict(plan=dict(type='LearnedPlan', budget=dict(params=0.7)))))
+plan = dict(type='LearnedPlan', budget=dict(params=0.7), epochs=1)
+model = dict(backbone=dict(type='RLResNet', replacement=dict(plan=plan)))
+del plan
 optim_wrapper = dict(constructor='RLOptimWrapperConstructor')

@@ -1,3 +1,5 @@
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/learned_plan.py']
-model = dict(backbone=dict(type='RLResNet', replacement=dict(plan=dict(type='LearnedPlan', budget=dict(params=0.705)))))
+plan = dict(type='LearnedPlan', budget=dict(params=0.705), epochs=3)
+model = dict(backbone=dict(type='RLResNet', replacement=dict(plan=plan)))
+del plan
 optim_wrapper = dict(constructor='RLOptimWrapperConstructor')
