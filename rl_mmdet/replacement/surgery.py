@@ -50,7 +50,8 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
         >>> report = replace_blocks_(model, dict(plan=dict(type='EveryKth', k=2)))
     """
     plan, parts = _build_parts(replacement)
-    _check_no_search(model)
+    if any(isinstance(module, GatedBlock) for module in model.modules()):
+        raise ValueError('replacement: a plan is being learned for this model already; finish the search first')
     if computing_layers(model):
         raise ValueError('replacement: the model has computing layers already; materialize() it first')
     chains = find_chains(model, parts['fusion'].adapt, parts['operator'])

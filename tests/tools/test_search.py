@@ -82,7 +82,8 @@ def predict(run_tool, tmp_path) -> Callable[..., list]:
         out = tmp_path / f'{len(list(tmp_path.iterdir()))}.pkl'
         work = out.with_suffix('')
         status, captured = run_tool('test')(config, checkpoint, '--work-dir', work, '--out', out, '--cfg-options',
-                                            f'experiment_name={tmp_path.name}_{out.stem}', *options)
+                                            f'experiment_name={tmp_path.name}_{out.stem}',
+                                 f'visualizer.name={tmp_path.name}_{out.stem}', *options)
         assert status == 0, captured.err[-2000:]
         found = [sample['pred_instances'] for sample in pickle.loads(out.read_bytes())]
         assert all(len(sample['scores']) for sample in found)

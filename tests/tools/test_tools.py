@@ -47,7 +47,8 @@ def test_train_from_a_pretrained_backbone_then_test_and_resume(run, tiny_config,
     init = f"dict(type='Pretrained', checkpoint='{tmp_path}/backbone.pth')"
     config = tiny_config(more='model = dict(backbone=dict(base_channels=4, norm_eval=True, '
                               f'init_cfg={init}), neck=dict(in_channels=[4, 8, 16, 32]))')
-    status, _ = run('train.py', config, '--work-dir', 'work', '--cfg-options', 'experiment_name=first')
+    status, _ = run('train.py', config, '--work-dir', 'work', '--cfg-options', 'experiment_name=first',
+                    'visualizer.name=first')
     assert status == 0
     text = log('work')
     for line in ('loaded: ', 'used for initialisation: 5 removed blocks', 'missing: ', 'left over: '):
@@ -60,7 +61,7 @@ def test_train_from_a_pretrained_backbone_then_test_and_resume(run, tiny_config,
     assert Path('predictions.pkl').is_file()
 
     status, _ = run('train.py', config, '--work-dir', 'work', '--resume', '--cfg-options', 'train_cfg.max_epochs=2',
-                    'experiment_name=second')
+                    'experiment_name=second', 'visualizer.name=second')
     assert status == 0
     assert Path('work/epoch_2.pth').is_file()
     assert log('work').count('recalibrated') == 1
