@@ -2,7 +2,14 @@
 from collections.abc import Callable
 
 from mmdet.models.detectors import BaseDetector
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
 from torch import nn
+
+
+def plain_model(runner: Runner) -> nn.Module:
+    """A run's model without what DDP and the like wrap around it."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def inner_detectors(model: nn.Module, wanted: Callable[[nn.Module], object]) -> dict[str, BaseDetector]:

@@ -16,7 +16,7 @@ def searched_setting(module: nn.Module) -> Any:
     if hasattr(module, NAME):
         return getattr(module, NAME).plan
     transfer = getattr(module, 'transfer', None)
-    return transfer if type(transfer) in SEARCHES else None
+    return transfer if getattr(transfer, 'searches', False) else None
 
 
 def begin_search(module: nn.Module, steps: int) -> BlockSearch | TensorSearch:

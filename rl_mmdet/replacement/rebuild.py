@@ -105,6 +105,13 @@ def follow(layer: nn.Module, follower: nn.Module) -> None:
     follower.register_forward_hook(hooks.leave, always_call=True)
 
 
+def follow_in_chain(chain: Any, indices: list[int]) -> None:
+    """:func:`follow` for those of a chain's layers whose output is rebuilt and that have a block after them."""
+    for index in indices:
+        if index + 1 < len(chain) and chain.blocks[index].rebuilds:
+            follow(chain.blocks[index], chain.blocks[index + 1])
+
+
 def stop_following(module: nn.Module) -> None:
     """Take the hooks of :func:`follow` off a module."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -1,5 +1,6 @@
 """What was replaced, by whom, and why other blocks were not."""
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -118,6 +119,12 @@ def describe_blocks(chains: dict[str, Chain], choice: dict[str, list[int]]) -> t
                            others=tuple(place.name for place in used if place not in (before, after)))
             rows.append(BlockRow(**row))
     return tuple(rows)
+
+
+def with_layers(rows: Iterable[BlockRow], layers: Mapping[str, nn.Module]) -> tuple[BlockRow, ...]:
+    """The rows with what the computing layers, by name, learn and how."""
+    return tuple(replace(row, learnable=sum(p.numel() for p in layers[row.name].parameters(recurse=False)),
+                         way=layers[row.name].way) if row.name in layers else row for row in rows)
 
 
 def _count(block: nn.Module) -> int:

@@ -9,8 +9,8 @@ from .chain import Chain, Place
 from .computing_layer import ComputingLayer
 from .gated_block import GatedBlock, gate_, ungate_
 from .plans import Choice, describe_replaceable
-from .rebuild import follow
-from .report import ReplacementReport, describe_blocks
+from .rebuild import follow_in_chain
+from .report import ReplacementReport, describe_blocks, with_layers
 from .trial import copy_around_parameters
 
 NAME = 'search_space'
@@ -114,21 +114,15 @@ def finish_search_(model: nn.Module, choice: Mapping[str, Sequence[int]]) -> Rep
             raise ValueError(f'{name} block {index} isn\'t one of those that may be replaced; '
                              f'{describe_replaceable(space.chains)}')
     choice = {name: sorted(choice.get(name, ())) for name in space.chains}
-    layers = {place: ungate_(place.block) for place in space.places}
+    beside = {place: ungate_(place.block) for place in space.places}
+    layers = {place: layer for place, layer in beside.items() if place.index in choice[place.chain.name]}
     rows = describe_blocks(space.chains, choice)
     for (chain, index), layer in layers.items():
-        if index in choice[chain.name]:
-            layer.rebind(chain, index, choice)
+        layer.rebind(chain, index, choice)
     for (chain, index), layer in layers.items():
-        if index in choice[chain.name]:
-            chain.container._modules[chain.keys[index]] = layer
-    for chain, index in layers:
-        block = chain.blocks[index]
-        if isinstance(block, ComputingLayer) and block.rebuilds and index + 1 < len(chain):
-            follow(block, chain.blocks[index + 1])
+        chain.container._modules[chain.keys[index]] = layer
+    for name, chain in space.chains.items():
+        follow_in_chain(chain, choice[name])
     delattr(model, NAME)
-    found = {place.name: layer for place, layer in layers.items()}
-    learnable = {name: sum(p.numel() for p in layer.parameters(recurse=False)) for name, layer in found.items()}
-    return ReplacementReport(
-        tuple(replace(row, learnable=learnable[row.name], way=found[row.name].way) if row.replaced else row
-              for row in rows), dict(plan=f'{space.plan}'))
+    return ReplacementReport(with_layers(rows, {place.name: layer for place, layer in layers.items()}),
+                             dict(plan=f'{space.plan}'))

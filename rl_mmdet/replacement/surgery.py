@@ -15,11 +15,11 @@ from .gradients import build_gradient
 from .operators import FullBlock
 from .plans import Choice, describe_replaceable
 from .pretrained import add_pretrained_hook, remove_pretrained_hook
-from .rebuild import follow, stop_following
+from .rebuild import follow_in_chain, stop_following
 from .recipe import recipe_of
 from .references import always_run_
 from .registry import FUSIONS, OPERATORS, PLANS, build_part
-from .report import ReplacementReport, describe_blocks
+from .report import ReplacementReport, describe_blocks, with_layers
 from .search_space import SearchSpace
 
 SETTINGS = ('plan', 'fusion', 'operator', 'gradient')
@@ -68,20 +68,17 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
     rows = describe_blocks(chains, choice)
     for name, indices in choice.items():
         _replace_in_chain_(chains[name], indices, choice, parts)
-    layers = computing_layers(model)
-    learnable = {name: sum(p.numel() for p in layer.parameters(recurse=False)) for name, layer in layers.items()}
-    ways = {name: layer.way for name, layer in layers.items()}
+    rows = with_layers(rows, computing_layers(model))
     if isinstance(parts['fusion'], OwnWeights):
         blocks = _make_plain_(model)
         for block in blocks.values() if not parts['fusion'].learn else ():
             block.requires_grad_(False)
-        learnable = {name: sum(p.numel() for p in block.parameters() if p.requires_grad)
-                     for name, block in blocks.items()}
+        rows = tuple(replace(row, learnable=sum(p.numel() for p in blocks[row.name].parameters() if p.requires_grad))
+                     if row.name in blocks else row for row in rows)
     else:
         add_pretrained_hook(model)
     settings = {key: repr(part) for key, part in dict(plan=plan, **parts).items()}
-    return ReplacementReport(tuple(replace(row, learnable=learnable.get(row.name, 0), way=ways.get(row.name))
-                                   for row in rows), settings)
+    return ReplacementReport(rows, settings)
 
 
 def computing_layers(model: nn.Module) -> dict[str, ComputingLayer]:
@@ -223,6 +220,4 @@ def _check_memory(chains: Mapping[str, Chain], choice: Choice, parts: dict[str, 
 def _replace_in_chain_(chain: Chain, indices: list[int], choice: Choice, parts: dict[str, Any]) -> None:
     for index in indices:
         chain.container._modules[chain.keys[index]] = ComputingLayer(chain, index, choice, **parts)
-    for index in indices:
-        if index + 1 < len(chain) and chain.blocks[index].rebuilds:
-            follow(chain.blocks[index], chain.blocks[index + 1])
+    follow_in_chain(chain, indices)

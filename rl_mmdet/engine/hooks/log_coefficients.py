@@ -1,10 +1,10 @@
 """How the coefficients of the replaced blocks develop, in the log of the training."""
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from ...replacement import computing_layers
+from ..detectors import plain_model
 
 
 @HOOKS.register_module()
@@ -38,7 +38,7 @@ class LogCoefficientsHook(Hook):
             self._write(runner, step)
 
     def _write(self, runner: Runner, step: int) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = plain_model(runner)
         scalars = {}
         for name, layer in computing_layers(model).items():
             coeff = layer._parameters.get('coeff')

@@ -6,13 +6,12 @@ from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ...replacement import recalibrate_norms_, stale_norms
-from ..detectors import inner_detectors
+from ..detectors import inner_detectors, plain_model
 
 
 @HOOKS.register_module()
@@ -40,7 +39,7 @@ class RecalibrateNormsHook(Hook):
 
     def recalibrate(self, runner: Runner) -> None:
         """Recalibrate now, if there are replaced blocks with weights that are newer than their statistics."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = plain_model(runner)
         mode = model.training
         model.train()
         if stale_norms(model):

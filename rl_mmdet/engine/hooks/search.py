@@ -6,7 +6,6 @@ from mmengine.config import ConfigDict
 from mmengine.dist import all_reduce, broadcast, master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ...policy import BlockSearch, LearnedPlan, TensorSearch, begin_search, searched_setting
 from ...replacement import computing_layers
 from ..config import set_unused_
+from ..detectors import plain_model
 from ..errors import UserError
 from ..files import write_text
 from ..search import FOUND, SEARCH, drop_parameters_, found_config, found_config_file, searched_module, set_found_
@@ -49,29 +49,30 @@ class SearchHook(Hook):
         self.find_unused_parameters = find_unused_parameters
         self.search: BlockSearch | TensorSearch | None = None
         self.found = found.to_dict() if isinstance(found, ConfigDict) else found
+        self.name: str | None = None
         self.scale = 1.
         self._state: dict | None = None
 
     def before_run(self, runner: Runner) -> None:
-        found = searched_module(_model(runner)) if runner._train_dataloader is not None else None
+        found = searched_module(plain_model(runner)) if runner._train_dataloader is not None else None
         if found is not None:
             self.name, module = found
             self.steps = _steps(runner, module)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        module = dict(_model(runner).named_modules()).get(getattr(self, 'name', None))
-        if module is None or not runner._resume:
+        if self.name is None or not runner._resume:
             return
         if SEARCH not in checkpoint:
-            raise UserError(f'resume: the checkpoint has no state of a search, which {searched_setting(module)} in the '
-                            'config asks for; load it with load_from to begin a search')
+            setting = searched_setting(plain_model(runner).get_submodule(self.name))
+            raise UserError(f'resume: the checkpoint has no state of a search, which {setting} in the config asks for; '
+                            'load it with load_from to begin a search')
         self._state = checkpoint[SEARCH]
 
     def before_train(self, runner: Runner) -> None:
-        if not hasattr(self, 'name'):
+        if self.name is None:
             return
         self._check(runner)
-        self.search = begin_search(_model(runner).get_submodule(self.name), self.steps)
+        self.search = begin_search(plain_model(runner).get_submodule(self.name), self.steps)
         if self._state is not None:
             try:
                 self.search.load_state_dict(self._state)
@@ -110,7 +111,7 @@ class SearchHook(Hook):
             checkpoint[FOUND] = self.found
 
     def _check(self, runner: Runner) -> None:
-        setting = searched_setting(_model(runner).get_submodule(self.name))
+        setting = searched_setting(plain_model(runner).get_submodule(self.name))
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             raise UserError(f'{setting}: a search needs one optimizer for the whole model, not a '
                             f'{type(runner.optim_wrapper).__name__}')
@@ -124,7 +125,7 @@ class SearchHook(Hook):
     def _finish(self, runner: Runner) -> None:
         """Go on with the ordinary model."""
         search, self.search = self.search, None
-        model = _model(runner)
+        model = plain_model(runner)
         averages = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
         self.found, text = search.conclude_(*(average.module.get_submodule(self.name) for average in averages))
         for average in averages:
@@ -178,10 +179,6 @@ def _steps(runner: Runner, module: nn.Module) -> int:
         return setting.settings.steps(runner.max_iters, per_epoch)
     except ValueError as error:
         raise UserError(f'{setting}: {error}') from None
-
-
-def _model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _schedulers(runner: Runner) -> list:
