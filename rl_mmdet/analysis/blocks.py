@@ -8,7 +8,7 @@ from ..engine import UserError, read_checkpoint
 from ..engine.preflight import build_model
 from ..models.layouts import state_dict_of
 from ..replacement import ReplacementReport, adapt_state_dict, find_chains
-from ..replacement.report import WAYS, BlockRow, describe_blocks
+from ..replacement.report import BlockRow, describe_blocks
 
 
 def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool = False) -> Table:
@@ -57,8 +57,6 @@ def backbone_cfg(cfg: Config) -> dict:
 
 
 def _note(row: BlockRow) -> str:
-    if row.replaced:
-        return WAYS[row.way].removeprefix(', ')
     return "can't be replaced: " + row.reason if row.reason else ''
 
 

@@ -17,7 +17,8 @@ from ..engine import UserError, build_model, check_checkpoint, read_checkpoint
 from ..engine.preflight import check_data, make_data
 from ..models.backbones.replacement_mixin import replace_in_backbone_
 from ..models.layouts import own_layout, state_dict_of, translates
-from ..replacement import BestFit, ReplacementReport
+from ..replacement import ReplacementReport
+from ..replacement.plans import BestFit
 from .blocks import backbone_cfg
 
 

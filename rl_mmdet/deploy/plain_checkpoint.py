@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..engine import UserError, build_model, check_checkpoint, check_new_file, read_checkpoint, written_whole
 from ..engine.detectors import inner_detectors
 from ..models.layouts import state_dict_of
-from ..replacement import FullBlock, computing_layers, materialize
+from ..replacement import computing_layers, materialize
+from ..replacement.operators import FullBlock
 
 
 class Plain(NamedTuple):

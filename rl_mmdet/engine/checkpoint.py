@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..models.layouts import never_pretrained, own_layout, state_dict_of, translates
-from ..replacement import LoadReport, adapt_state_dict
+from ..replacement import adapt_state_dict
+from ..replacement.start import LoadReport
 from .errors import UserError
 
 

@@ -8,7 +8,7 @@ from mmengine.hub import get_config
 from mmengine.registry import Registry
 
 from ..replacement import PLANS
-from ..replacement.registry import TRANSFERS
+from ..search import TRANSFERS
 from .errors import UserError
 
 LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
@@ -51,13 +51,14 @@ def add_rl_defaults_(cfg: Config) -> Config:
     """Add, where they are absent, the hooks and the optimizer-wrapper constructor that RL training needs.
 
     Every run gets ``FiniteLossHook``; a config with a ``replacement`` also ``RecalibrateNormsHook``,
-    ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default one (another constructor
-    is respected). A search gets ``SearchHook``, and that for a plan has DDP know that a step doesn't use all weights.
+    ``LearningStepsHook``, ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default one
+    (another constructor is respected). A search gets ``SearchHook``, and that for a plan has DDP know that a step
+    doesn't use all weights.
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook']
     if uses_replacement(cfg):
-        wanted += ['RecalibrateNormsHook', 'LogCoefficientsHook']
+        wanted += ['RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
         wrapper = cfg.get('optim_wrapper')
         if wrapper is not None and wrapper.get('constructor') in (None, 'DefaultOptimWrapperConstructor'):
             wrapper.constructor = CONSTRUCTOR

@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...replacement import ReplacementReport, fold_norm_, replace_blocks_
-from ...replacement.registry import TRANSFERS, build_part
+from ...folding import fold_norm_
+from ...replacement import ComputingLayer, ReplacementReport, replace_blocks_
+from ...replacement.registry import build_setting
+from ...search import TRANSFERS
 
 
 class ReplacementMixin:
@@ -17,9 +19,9 @@ class ReplacementMixin:
     Args:
         replacement: settings of :func:`~rl_mmdet.replacement.replace_blocks_`. None leaves the parent as it is.
         fold_norm: keep less for backward where a BatchNorm in eval mode follows a convolution, in replaced and other
-            blocks alike, with the same gradients; see :mod:`~rl_mmdet.replacement.fold_norm`.
+            blocks alike, with the same gradients; see :mod:`~rl_mmdet.folding.fold_norm`.
         transfer: which of its tensors are updated, such as ``dict(type='SWR', budget=0.1)``; see
-            :mod:`rl_mmdet.policy.transfers`. None for all.
+            :mod:`rl_mmdet.search.transfers`. None for all.
         *args, **kwargs: the parent's arguments.
 
     Raises:
@@ -65,7 +67,7 @@ def set_transfer_(backbone: nn.Module, transfer: Mapping[str, Any] | None) -> No
     """
     if transfer is None:
         return
-    chosen = build_part(TRANSFERS, transfer, default='SWR')
+    chosen = build_setting(TRANSFERS, transfer, default='SWR', setting='transfer')
     if chosen.searches and hasattr(backbone, 'search_space'):
         raise ValueError(f'transfer: {chosen} and {backbone.search_space.plan} are two searches; learn the plan first, '
                          'then use the config that it saves')
@@ -78,7 +80,7 @@ def set_transfer_(backbone: nn.Module, transfer: Mapping[str, Any] | None) -> No
 
 
 def fold_norm_in_backbone_(backbone: nn.Module) -> None:
-    """:func:`~rl_mmdet.replacement.fold_norm_`, unless the backbone's BatchNorm is to train.
+    """:func:`~rl_mmdet.folding.fold_norm_`, unless the backbone's BatchNorm is to train.
 
     Raises:
         ValueError: it has ``norm_eval=False``, or nothing to fold.
@@ -87,7 +89,7 @@ def fold_norm_in_backbone_(backbone: nn.Module) -> None:
     if trains and any(isinstance(module, _BatchNorm) for module in backbone.modules()):
         raise ValueError(f'{type(backbone).__name__}: fold_norm=True with norm_eval=False, but BatchNorm that trains '
                          'can\'t be folded; set norm_eval=True or leave fold_norm out')
-    fold_norm_(backbone)
+    fold_norm_(backbone, lambda module: module.template if isinstance(module, ComputingLayer) else None)
 
 
 @contextmanager

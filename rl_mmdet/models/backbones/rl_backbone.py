@@ -40,8 +40,8 @@ def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: 
             :class:`~rl_mmdet.models.backbones.timm_backbone.TimmBackbone` for its arguments.
         replacement: settings of :func:`~rl_mmdet.replacement.replace_blocks_`; None replaces nothing.
         fold_norm: keep less for backward where BatchNorm is in eval mode; needs ``norm_eval=True`` where the backbone
-            has it. See :mod:`~rl_mmdet.replacement.fold_norm`.
-        transfer: which of its tensors are updated; see :mod:`rl_mmdet.policy.transfers`. None for all.
+            has it. See :mod:`~rl_mmdet.folding.fold_norm`.
+        transfer: which of its tensors are updated; see :mod:`rl_mmdet.search.transfers`. None for all.
         **kwargs: the backbone's arguments, so that a config that inherits them changes only its ``type``.
 
     Raises:
