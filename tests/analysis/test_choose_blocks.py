@@ -8,7 +8,8 @@ import torch
 from rl_mmdet.analysis import choose_blocks, error_table
 from rl_mmdet.analysis.choose_blocks import calibration_batches
 from rl_mmdet.engine import UserError, build_model, load_config
-from rl_mmdet.replacement import BestFit, Blocks, replace_blocks_
+from rl_mmdet.replacement import replace_blocks_
+from rl_mmdet.replacement.plans import BestFit, Blocks
 
 BASELINE = 'atss_r34_fpn_digits.py'
 

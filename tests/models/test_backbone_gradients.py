@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rl_mmdet.replacement import ComputingLayer, Gradient, computing_layers, materialize
+from rl_mmdet.replacement import ComputingLayer, computing_layers, materialize
+from rl_mmdet.replacement.gradient import Gradient
 
 Gradients = dict[str, Tensor]
 

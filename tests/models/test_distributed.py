@@ -16,7 +16,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rl_mmdet.models  # noqa: F401  registers the RL backbones
-from rl_mmdet.replacement import Gradient, computing_layers, recalibrate_norms_
+from rl_mmdet.replacement import computing_layers, recalibrate_norms_
+from rl_mmdet.replacement.gradient import Gradient
 
 WORLD = 2
 STEPS = 3

@@ -9,9 +9,9 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from rl_mmdet.analysis import saved_bytes
+from rl_mmdet.folding.fold_norm import FoldedSyncBatchNorm, FoldingConv2d
 from rl_mmdet.models import RLBackbone, RLResNet, RLSwin, RLViT
 from rl_mmdet.replacement import computing_layers, materialize
-from rl_mmdet.replacement.fold_norm import FoldedSyncBatchNorm, FoldingConv2d
 
 EVERY_SECOND = dict(plan=dict(type='EveryKth', k=2))
 TINY = dict(depth=50, base_channels=4)

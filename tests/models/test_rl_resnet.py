@@ -9,7 +9,8 @@ from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from rl_mmdet.models import RLResNet, RLResNetV1d, RLResNeXt
-from rl_mmdet.replacement import Gradient, computing_layers, materialize
+from rl_mmdet.replacement import computing_layers, materialize
+from rl_mmdet.replacement.gradient import Gradient
 
 EVERY_SECOND = dict(plan=dict(type='EveryKth', k=2))
 CLASSES = (RLResNet, RLResNetV1d, RLResNeXt)

@@ -22,16 +22,8 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from rl_mmdet.analysis import saved_bytes
-from rl_mmdet.replacement import (
-    ComputingLayer,
-    DepthwiseBlock,
-    FullBlock,
-    PooledBlock,
-    SlimBlock,
-    adapt_state_dict,
-    materialize,
-    replace_blocks_,
-)
+from rl_mmdet.replacement import ComputingLayer, PooledBlock, adapt_state_dict, materialize, replace_blocks_
+from rl_mmdet.replacement.operators import DepthwiseBlock, FullBlock, SlimBlock
 
 DEPTHWISE = dict(type='DepthwiseBlock', scale=0.3)
 SLIM = dict(type='SlimBlock', width=0.5, scale=0.3)

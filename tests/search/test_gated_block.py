@@ -12,7 +12,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from rl_mmdet.replacement import replace_blocks_
-from rl_mmdet.replacement.gated_block import GatedBlock, gate_, plain_class, ungate_
+from rl_mmdet.search.gated_block import GatedBlock, gate_, plain_class, ungate_
 
 LEARNED = dict(type='LearnedPlan', budget=dict(params=0.99))
 modes = pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rl_mmdet.analysis import count_flops, saved_bytes
-from rl_mmdet.replacement import computing_layers, fold_norm_, materialize, replace_blocks_, unfold_norm_
-from rl_mmdet.replacement.fold_norm import MARK, FoldedBatchNorm2d, FoldingConv2d, _FoldedNorm
+from rl_mmdet.folding import fold_norm_, unfold_norm_
+from rl_mmdet.folding.fold_norm import MARK, FoldedBatchNorm2d, FoldingConv2d, _FoldedNorm
+from rl_mmdet.replacement import computing_layers, materialize, replace_blocks_
 
 CONVS = {
     'square': dict(kernel_size=3, padding=1),

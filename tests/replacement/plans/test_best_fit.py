@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rl_mmdet.replacement import BestFit, Blocks, find_chains, recalibrate_norms_, replace_blocks_
+from rl_mmdet.replacement import find_chains, recalibrate_norms_, replace_blocks_
+from rl_mmdet.replacement.plans import BestFit, Blocks
 
 
 @pytest.fixture

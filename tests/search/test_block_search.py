@@ -9,8 +9,8 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from rl_mmdet.policy import BlockSearch
 from rl_mmdet.replacement import computing_layers, replace_blocks_
+from rl_mmdet.search import BlockSearch
 
 HARMLESS = [2, 3, 5, 8]
 """Of the chain's blocks 0 to 9, those that are the identity and whose computing layers are that, too."""

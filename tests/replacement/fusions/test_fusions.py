@@ -8,8 +8,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from mmdet.models.backbones.swin import SwinBlock
 from timm.models.vision_transformer import Block
 
-from rl_mmdet.replacement import ChannelFusion, ScalarFusion, TransformFusion
-from rl_mmdet.replacement.fusions import Fusion
+from rl_mmdet.replacement.fusions import ChannelFusion, Fusion, ScalarFusion, TransformFusion
 
 A, B = 0.7, -1.3
 

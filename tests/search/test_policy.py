@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_mmdet.policy import Policy, Unit
+from rl_mmdet.search import Policy, Unit
 
 
 def units(weights: list[float], sizes: list[int] | None = None, kinds: str = 'A') -> list[Unit]:

@@ -11,9 +11,9 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 from rl_mmdet.replacement import computing_layers, materialize, replace_blocks_, stale_norms
-from rl_mmdet.replacement.gated_block import GatedBlock
 from rl_mmdet.replacement.saved_bytes import saved_bytes
-from rl_mmdet.replacement.search_space import finish_search_
+from rl_mmdet.search.gated_block import GatedBlock
+from rl_mmdet.search.search_space import finish_search_
 
 LEARNED = dict(type='LearnedPlan', budget=dict(params=0.99))
 OPEN = ['layer1.1', 'layer2.1', 'layer2.2', 'layer2.3', 'layer2.4']

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rl_mmdet.replacement import Gradient, materialize, replace_blocks_
+from rl_mmdet.replacement import materialize, replace_blocks_
+from rl_mmdet.replacement.gradient import Gradient
 
 BLOCKS = {'layer1': [1], 'layer2': [2, 3]}
 """One block with a tensor that only one neighbour has, and two replaced blocks side by side."""

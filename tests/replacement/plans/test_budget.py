@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rl_mmdet.replacement import Blocks, Budget, find_chains, replace_blocks_
-from rl_mmdet.replacement.trial import forward_flops, replaced_twin
+from rl_mmdet.replacement import find_chains, replace_blocks_
+from rl_mmdet.replacement.plans import Blocks, Budget
+from rl_mmdet.replacement.plans.trial import forward_flops, replaced_twin
 
 SMALL = dict(image_size=(16, 16))
 ORDER = [('layer2', 2), ('layer2', 3), ('layer1', 1), ('layer2', 1), ('layer2', 4)]

@@ -7,7 +7,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 import rl_mmdet  # noqa: F401
-from rl_mmdet.policy import GradientNormSearch, TensorSearch, begin_search, searched_setting
+from rl_mmdet.search import GradientNormSearch, TensorSearch, begin_search, searched_setting
 
 
 def backbone(kind='RLResNet', **more):

@@ -3,8 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from rl_mmdet.replacement import Blocks, EveryKth, Fraction, find_chains, replace_blocks_
-from rl_mmdet.replacement.plans import describe_replaceable
+from rl_mmdet.replacement import find_chains, replace_blocks_
+from rl_mmdet.replacement.chain import describe_replaceable
+from rl_mmdet.replacement.plans import Blocks, EveryKth, Fraction
 
 
 @pytest.fixture

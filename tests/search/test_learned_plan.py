@@ -7,11 +7,12 @@ import torch
 from mmdet.models.backbones.resnet import Bottleneck
 from torch import Tensor, nn
 
-from rl_mmdet.policy import BlockSearch, LearnedPlan, RandomPlan
-from rl_mmdet.replacement import Blocks, computing_layers, find_chains, replace_blocks_
+from rl_mmdet.replacement import computing_layers, find_chains, replace_blocks_
+from rl_mmdet.replacement.plans import Blocks
+from rl_mmdet.replacement.plans.trial import forward_flops
 from rl_mmdet.replacement.saved_bytes import saved_bytes
-from rl_mmdet.replacement.search_space import finish_search_
-from rl_mmdet.replacement.trial import forward_flops
+from rl_mmdet.search import BlockSearch, LearnedPlan, RandomPlan
+from rl_mmdet.search.search_space import finish_search_
 
 plans = pytest.mark.parametrize('plan', [LearnedPlan, RandomPlan])
 SIZE = (32, 32)
