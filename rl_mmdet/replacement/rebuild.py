@@ -91,7 +91,7 @@ def _instead_of(tensor: Tensor, maker: _Maker) -> Any:
 
     def pack(saved: Tensor) -> Any:
         kept = alive()  # it is while the block runs, so the same memory means the same tensor
-        if kept is not None and saved.is_set_to(kept) and saved._version == version:
+        if kept is not None and saved.shape == kept.shape and saved.is_set_to(kept) and saved._version == version:
             return maker
         return outer[0](saved) if outer else saved
 
