@@ -1,15 +1,16 @@
-# Usage: make [help | setup | test | demo | lint | clean] [PYTHON=python3.11]
+# Usage: make [help | setup | test | test-all | demo | lint | clean] [PYTHON=python3.11]
 PYTHON ?= python3
 PY := .venv/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 
 export PYTHON
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint clean .venv
+.PHONY: help setup test test-all demo lint clean .venv
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
 
 # Does nothing when all is there, goes on where an interrupted run stopped.
 .venv:
@@ -17,8 +18,11 @@ help:  ## list the targets
 
 setup: .venv  ## set up .venv with the tested versions (every target below that needs it does so itself)
 
-test: .venv  ## run the tests
-	$(PY) -m pytest -q
+test: .venv  ## run the tests, in one process per core
+	$(PYTEST)
+
+test-all: .venv  ## run the tests and the full matrices that `make test` leaves out (marked slow)
+	$(PYTEST) -m ''
 
 demo: .venv  ## train a baseline and a replaced detector on digit scenes, and compare them
 	$(PY) tools/demo.py
