@@ -64,7 +64,6 @@ setup(
         'matplotlib',
         'numpy',
         'packaging',
-        'psutil',
         'rich',
         'safetensors',
         'scikit-learn',

@@ -52,11 +52,11 @@ from rl_mmdet.analysis import (
     seconds_in_turn,
     trainable_parameters,
 )
-from rl_mmdet.analysis.zoo.configs import ROOT as MMDET_CONFIGS
-from rl_mmdet.analysis.zoo.configs import read_config, without_synchronisation
-from rl_mmdet.analysis.zoo.reasons import short_reason
-from rl_mmdet.analysis.zoo.swap import rl_twin
 from rl_mmdet.engine import build_model
+from zoo.configs import ROOT as MMDET_CONFIGS
+from zoo.configs import read_config, without_synchronisation
+from zoo.reasons import short_reason
+from zoo.swap import rl_twin
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLD = '+fold'

@@ -55,6 +55,11 @@ class ToyNet(nn.Module):
         return self.layer2(self.pool(self.layer1(x)))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('needs a CUDA device, torch finds none')
+
+
 @pytest.fixture(scope='session', autouse=True)
 def one_thread() -> None:
     """Sums in one order, so that equal means equal."""

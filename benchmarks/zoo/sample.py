@@ -1,5 +1,5 @@
 """A fixed sample of mmdet's configs: a cheap one for every backbone type that runs, and for many folders."""
-from ...engine import UserError
+from rl_mmdet.engine import UserError
 
 SAMPLE = (
     'atss/atss_r18_fpn_8xb8-amp-lsj-200e_coco.py',

@@ -9,7 +9,9 @@ from typing import Any
 import mmdet
 from mmengine.config import Config
 
-from ...engine import UserError
+from rl_mmdet.engine import UserError
+from rl_mmdet.engine.config import nested_dicts
+
 from .reasons import short_reason
 
 ROOT = Path(mmdet.__file__).parent / '.mim' / 'configs'
@@ -51,10 +53,7 @@ class ZooConfig:
 
 
 def config_names(patterns: Iterable[str] = ()) -> list[str]:
-    """Names of mmdet's configs, sorted.
-
-    Args:
-        patterns: names or globs such as ``'faster_rcnn/*r50*'``; all configs by default.
+    """Names of mmdet's configs, sorted: those that match a pattern such as ``'faster_rcnn/*r50*'``, or else all.
 
     Raises:
         UserError: a pattern that no config matches.
@@ -80,42 +79,43 @@ def read_config(name: str) -> ZooConfig:
     model = cfg.model.to_dict()
     if cfg.get('data_preprocessor') is not None:  # as MMEngine's runner does
         model.setdefault('data_preprocessor', cfg.data_preprocessor.to_dict())
-    return ZooConfig(name, without_pretraining(model))
+    return ZooConfig(name, changed(model, lambda settings: {key: None for key in settings if key in PRETRAINED}))
 
 
-def without_pretraining(node: Any) -> Any:
-    """A copy of a config value in which nothing is to be loaded."""
-    return _changed(node, lambda settings: {key: None for key in settings if key in PRETRAINED})
+def without_synchronisation(model: Mapping) -> dict:
+    """A copy of a model's config in which BatchNorm works in one process."""
+    return changed(model, lambda settings: dict(type='BN') if settings.get('type') in ('SyncBN', 'MMSyncBN') else {})
 
 
-def without_synchronisation(node: Any) -> Any:
-    """A copy of a config value in which BatchNorm works in one process."""
-    return _changed(node, lambda settings: dict(type='BN') if settings.get('type') in ('SyncBN', 'MMSyncBN') else {})
-
-
-def with_few_regions(node: Any) -> Any:
-    """A copy of a config value in which detectors look at few regions of an image, to spare time."""
-    return _changed(node, lambda settings: {key: most for key, most in FEW.items()
+def with_few_regions(model: Mapping) -> dict:
+    """A copy of a model's config that looks at few regions of an image, to spare time."""
+    return changed(model, lambda settings: {key: most for key, most in FEW.items()
                                             if isinstance(settings.get(key), int) and settings[key] > most})
 
 
-def _changed(node: Any, change: Callable[[Mapping], dict]) -> Any:
+def number_of_classes(model: Mapping) -> int:
+    """How many labels all heads of a model's config know."""
+    counts = [node.get(key) for node in nested_dicts(model) for key in ('num_classes', 'num_things_classes')]
+    return min((count for count in counts if isinstance(count, int)), default=1)
+
+
+def changed(node: Any, change: Callable[[Mapping], dict]) -> Any:
     """A copy of a config value in which every dict of settings gets what ``change`` gives for it."""
     if isinstance(node, Mapping):
-        return {key: _changed(value, change) for key, value in node.items()} | change(node)
+        return {key: changed(value, change) for key, value in node.items()} | change(node)
     if isinstance(node, (list, tuple)):
-        return type(node)(_changed(value, change) for value in node)
+        return type(node)(changed(value, change) for value in node)
     return node
 
 
 def find_backbones(model: Mapping[str, Any]) -> Iterator[tuple[dict, str, dict]]:
     """Every backbone in a model that learns (a distillation's teacher doesn't): its owner, the key and itself."""
     for key, value in model.items():
-        if key.startswith('teacher'):
+        if key.startswith('teacher') or not isinstance(value, Mapping):
             continue
-        if (key == 'backbone' or key.endswith('_backbone')) and isinstance(value, Mapping) and 'type' in value:
+        if (key == 'backbone' or key.endswith('_backbone')) and 'type' in value:
             yield model, key, value
-        elif isinstance(value, Mapping):
+        else:
             yield from find_backbones(value)
 
 

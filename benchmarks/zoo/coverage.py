@@ -9,10 +9,11 @@ from pathlib import Path
 import mmdet
 import torch
 
-from ...engine import UserError
+from rl_mmdet.engine import UserError
+
 from .check import FAILS, NOT_TRIED, Result
 from .configs import ZooConfig, read_config
-from .workers import check_in_parallel
+from .processes import check_in_parallel
 
 VERSIONS = dict(mmdet=mmdet.__version__, torch=torch.__version__)
 
@@ -34,7 +35,7 @@ def check_configs(names: Iterable[str], *, workers: int = 2, limit: float = 900.
         workers: number of processes, each with one thread.
         limit: most seconds per model.
         stop_after: seconds after which no further model is begun; those left count as not tried.
-        quick: see :func:`~rl_mmdet.analysis.zoo.check.check_config`.
+        quick: see :func:`~zoo.check.check_steps`.
         record: a file with one result per line, as JSON: models found there are not run again, others are added.
         say: gets a line per model.
 
@@ -50,7 +51,8 @@ def check_configs(names: Iterable[str], *, workers: int = 2, limit: float = 900.
     shared = Counter(config.key for config in configs)
     results = {config.key: Result(config.name, FAILS, reason=config.reason) for config in configs if not config.model}
     results.update(_read(record))
-    keys = {config.name: config.key for config in _some_of_everything(configs) if config.key not in results}
+    first = {config.key: config.name for config in reversed(configs) if config.key not in results}
+    keys = {name: key for key, name in first.items()}
     say(f'{len(configs)} configs, {len(shared)} distinct models, {len(keys)} of them to be run')
     for count, result in enumerate(check_in_parallel(keys, workers, limit, stop_after, quick), 1):
         key = keys[result.config]
@@ -59,18 +61,6 @@ def check_configs(names: Iterable[str], *, workers: int = 2, limit: float = 900.
         say(f'[{count}/{len(keys)}] {result.config} (of {shared[key]}): {describe(result)}')
     untried = Result('', NOT_TRIED, reason='no time for it yet')
     return [Outcome(config, results.get(config.key, untried)) for config in configs]
-
-
-def _some_of_everything(configs: Iterable[ZooConfig]) -> list[ZooConfig]:
-    """One config for every model, first one for every folder and backbone, then a second one and so on."""
-    once = {config.key: config for config in reversed(list(configs))}
-    seen: Counter[tuple[str, str]] = Counter()
-    ranks = {}
-    for key in sorted(once):
-        kind = once[key].family, once[key].backbones
-        ranks[key] = seen[kind]
-        seen[kind] += 1
-    return [once[key] for key in sorted(once, key=lambda key: (ranks[key], key))]
 
 
 def describe(result: Result) -> str:

@@ -1,7 +1,7 @@
 """Why a model doesn't run, in one short line."""
 import re
 
-from ...engine import UserError
+from rl_mmdet.engine import UserError
 
 RULES = (
     (r'\b(mmpretrain|transformers|detectron2|fairscale|lap)\b', r'needs the package \1'),

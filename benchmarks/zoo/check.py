@@ -17,11 +17,11 @@ from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
-from ...engine import UserError, build_model
-from ...engine.config import CONSTRUCTOR, nested_dicts
-from ...replacement import computing_layers
+from rl_mmdet.engine import UserError, build_model
+from rl_mmdet.replacement import computing_layers
+
 from .batches import keep_size_, prediction_batch, trained_part, training_batch
-from .configs import ZooConfig, read_config, with_few_regions, without_synchronisation
+from .configs import ZooConfig, number_of_classes, read_config, with_few_regions, without_synchronisation
 from .reasons import short_reason
 from .swap import plans_that_fit, swap_backbones
 
@@ -30,7 +30,7 @@ SIZES = (64, 256, 384)
 """Sides of the square images in pixels; the larger ones for models that can't take the smaller."""
 REFUSALS = ('replaces no block of this model', 'the model has no chain of blocks')
 """What :func:`~rl_mmdet.replacement.replace_blocks_` says where nothing can be replaced."""
-OPTIMIZER = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-4), constructor=CONSTRUCTOR)
+OPTIMIZER = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-4), constructor='RLOptimWrapperConstructor')
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,16 @@ class Failure(Exception):
     """A model doesn't run; the text is the reason."""
 
 
-def check_config(config: str | ZooConfig, quick: bool = False) -> Result:
+def check_steps(config: str | ZooConfig, quick: bool = False) -> Iterator[Result]:
     """Build, train one step and predict: with a config's model, then with its replaced twin.
 
     Args:
         config: one of mmdet's configs, or its name.
         quick: let both look at few regions of an image.
+
+    Yields:
+        What is known when the baseline has run, if it does, and then all.
     """
-    *_, result = check_steps(config, quick)
-    return result
-
-
-def check_steps(config: str | ZooConfig, quick: bool = False) -> Iterator[Result]:
-    """As :func:`check_config`, but yields what is known when the baseline has run, and then all."""
     start = time.monotonic()
     config = read_config(config) if isinstance(config, str) else config
     result = Result(config.name, FAILS, reason=config.reason)
@@ -79,12 +76,12 @@ def check_steps(config: str | ZooConfig, quick: bool = False) -> Iterator[Result
         model = without_synchronisation(with_few_regions(config.model) if quick else config.model)
         try:
             size, learning = _run_baseline(model)
-        except Failure as failure:
-            result = replace(result, reason=str(failure))
-        else:
             result = replace(result, baseline=RUNS, size=size)
             yield result
             result = _check_replaced(result, model, learning)
+        except Failure as failure:
+            which = dict(rl=FAILS) if result.baseline == RUNS else {}
+            result = replace(result, reason=str(failure), **which)
     yield replace(result, seconds=round(time.monotonic() - start, 1))
 
 
@@ -94,25 +91,23 @@ def _run_baseline(cfg: dict[str, Any]) -> tuple[int, set[str]]:
         model = _build(cfg)
     for size in SIZES:
         try:
-            return size, set(_run(model, size, _classes(cfg)))
+            return size, set(_run(model, size, number_of_classes(cfg)))
         except Failure:
             if size == SIZES[-1]:
                 raise
 
 
 def _check_replaced(result: Result, cfg: dict[str, Any], learning: set[str]) -> Result:
+    """The result with what came of the replaced model."""
     gc.collect()  # the baseline's memory
-    try:
-        with _stage('build'):
-            model, refusal = _build_replaced(cfg)
-        if model is None:
-            return replace(result, rl=NO_BLOCK, reason=refusal)
-        layers = computing_layers(trained_part(model))
-        gradients = _run(model, result.size, _classes(cfg))
-        for name in layers:
-            _check_gradient(name, gradients, learning)
-    except Failure as failure:
-        return replace(result, rl=FAILS, reason=str(failure))
+    with _stage('build'):
+        model, refusal = _build_replaced(cfg)
+    if model is None:
+        return replace(result, rl=NO_BLOCK, reason=refusal)
+    layers = computing_layers(trained_part(model))
+    gradients = _run(model, result.size, number_of_classes(cfg))
+    for name in layers:
+        _check_gradient(name, gradients, learning)
     return replace(result, rl=RUNS, replaced=len(layers))
 
 
@@ -126,6 +121,7 @@ def _check_gradient(name: str, gradients: Mapping[str, Tensor], learning: set[st
 
 
 def _build(cfg: dict[str, Any]) -> nn.Module:
+    """The model of a config, with initial weights."""
     _seed()
     model = build_model(Config(dict(model=deepcopy(cfg))))
     model.init_weights()
@@ -165,6 +161,7 @@ def _run(model: nn.Module, size: int, classes: int) -> dict[str, Tensor]:
 
 
 def _train_step(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Losses and gradients of one step, by name."""
     gradients: dict[str, Tensor] = {}
     model.train()
     for progress in ('iter', 'epoch'):  # some models ask MMEngine's runner how far it is
@@ -176,12 +173,6 @@ def _train_step(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, floa
     return {name: float(torch.as_tensor(loss).detach()) for name, loss in losses.items()}, gradients
 
 
-def _classes(cfg: dict[str, Any]) -> int:
-    """How many labels all heads of a model know."""
-    counts = [node[key] for node in nested_dicts(cfg) for key in ('num_classes', 'num_things_classes') if key in node]
-    return min([count for count in counts if isinstance(count, int)], default=1)
-
-
 def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
@@ -190,6 +181,7 @@ def _seed() -> None:
 
 @contextmanager
 def _stage(name: str) -> Iterator[None]:
+    """Whatever is raised meanwhile becomes a Failure with a short reason."""
     try:
         yield
     except Failure:

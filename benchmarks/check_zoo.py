@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 from rl_mmdet import engine
-from rl_mmdet.analysis import zoo
+from zoo.configs import config_names
+from zoo.coverage import check_configs, require_all
+from zoo.page import coverage_page, summary
+from zoo.sample import sample
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,13 +37,13 @@ def main() -> None:
     quick = args.sample is not None
     if quick and (args.json or args.out):
         raise engine.UserError('--sample is a quick check of which no record is kept; leave out --json and --out')
-    names = zoo.sample(args.sample) if quick else zoo.config_names(args.configs)
-    outcomes = zoo.check_configs(names, workers=args.workers, limit=args.limit, stop_after=args.stop_after,
+    names = sample(args.sample) if quick else config_names(args.configs)
+    outcomes = check_configs(names, workers=args.workers, limit=args.limit, stop_after=args.stop_after,
                                  quick=quick, record=args.json, say=lambda line: print(line, flush=True))
     if args.out is not None:
-        args.out.write_text(zoo.coverage_page(outcomes, shlex.join(['python', 'tools/check_zoo.py', *sys.argv[1:]])))
-    print(zoo.summary(outcomes))
-    zoo.require_all(outcomes)
+        args.out.write_text(coverage_page(outcomes, shlex.join(['python', 'benchmarks/check_zoo.py', *sys.argv[1:]])))
+    print(summary(outcomes))
+    require_all(outcomes)
 
 
 if __name__ == '__main__':

@@ -1,18 +1,15 @@
-"""Replace the backbones of a model's config by their Replacement-Learning twins, and nothing else."""
+"""Replace the backbones in a model's config by their Replacement-Learning twins, and nothing else."""
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 from mmdet.registry import MODELS
 
-from ... import models
-from ...models.backbones.rl_backbone import NAMED
-from ...replacement import find_chains
-from ...replacement.registry import PLANS
+from rl_mmdet.replacement import PLANS, find_chains
+
 from .configs import find_backbones
 
 EVERY_OTHER = dict(type='EveryKth', k=2)
-RL_MODELS = models.__name__
 
 
 def swap_backbones(model: Mapping[str, Any], *plans: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -30,6 +27,14 @@ def swap_backbones(model: Mapping[str, Any], *plans: Mapping[str, Any] | None) -
     return swapped
 
 
+def rl_twin(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's settings for :func:`~rl_mmdet.models.RLBackbone`; one that takes ``replacement`` stays as it is."""
+    cls = MODELS.get(backbone['type']) if isinstance(backbone['type'], str) else backbone['type']
+    if getattr(cls, '__module__', '').startswith('rl_mmdet.models.'):
+        return dict(backbone)
+    return dict(backbone, type='RLBackbone', backbone=backbone['type'])
+
+
 def plans_that_fit(model: Mapping[str, Any]) -> list[dict[str, Any] | None]:
     """For each backbone every other block, or where that is none, the first; None where no block can be replaced."""
     return [_plan_that_fits(backbone) for _, _, backbone in find_backbones(model)]
@@ -41,16 +46,3 @@ def _plan_that_fits(backbone: Mapping[str, Any]) -> dict[str, Any] | None:
         return EVERY_OTHER
     first = next(({name: chain.replaceable()[:1]} for name, chain in chains.items() if chain.replaceable()), None)
     return first and dict(type='Blocks', blocks=first)
-
-
-def rl_twin(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """A backbone's settings, with the class made for it if there is one, else :func:`~rl_mmdet.models.RLBackbone`.
-
-    One that takes ``replacement`` already keeps its type.
-    """
-    cls = MODELS.get(backbone['type']) if isinstance(backbone['type'], str) else backbone['type']
-    if getattr(cls, '__module__', '').startswith(f'{RL_MODELS}.'):
-        return dict(backbone)
-    if cls in NAMED:
-        return dict(backbone, type=NAMED[cls].__name__)
-    return dict(backbone, type='RLBackbone', backbone=backbone['type'])

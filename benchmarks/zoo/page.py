@@ -7,10 +7,10 @@ from .coverage import VERSIONS, Outcome
 
 METHOD = f"""\
 Each config's model is built as the config has it, without pretrained weights, then makes one training step and one
-prediction. Then the same is done with replaced backbones: all that learn, each by the class made for it (`RLResNet`,
-`RLSwin` ...) or by `RLBackbone`, with all its other settings, RL-v1, `EveryKth(k=2)`, or its first replaceable block
-where that replaces none. Nothing else is changed. *Runs* means: it can be built, all losses are finite, every replaced
-block gets a finite gradient if the baseline's block gets one, and there is a prediction. It says nothing of accuracy.
+prediction. Then the same is done with replaced backbones: all that learn, each by `RLBackbone`, with all its other
+settings, RL-v1, `EveryKth(k=2)`, or its first replaceable block where that replaces none. Nothing else is changed.
+*Runs* means: it can be built, all losses are finite, every replaced block gets a finite gradient if the baseline's
+block gets one, and there is a prediction. It says nothing of accuracy.
 
 The images are synthetic, of {SIZES[0]}x{SIZES[0]} pixels ({SIZES[1]} or {SIZES[2]} where a model can't take smaller
 ones), with one or two objects each. The same for both: plain SGD in place of the config's optimizer, BatchNorm in place
@@ -22,12 +22,7 @@ with replacement or without."""
 
 
 def coverage_page(outcomes: Sequence[Outcome], command: str) -> str:
-    """The page as Markdown.
-
-    Args:
-        outcomes: of all configs.
-        command: what makes the page.
-    """
+    """The page as Markdown; ``command`` is what makes it."""
     versions = ', '.join(f'{name} {version}' for name, version in VERSIONS.items())
     parts = ['# Which of MMDetection\'s configs run with Replacement Learning',
              f'Made by `{command}`: {versions}, CPU.',
