@@ -1,5 +1,4 @@
 """The digit scenes as MMDetection sees them."""
-
 import pytest
 from mmdet.registry import DATASETS
 from mmengine.model import BaseModel
@@ -40,37 +39,29 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
-def test_dataset_items_have_the_scene_s_shape_boxes_and_masks(root, split):
+def test_items_have_the_scenes_shape_boxes_masks_and_digits(root, split):
     dataset = build(root, split=split)
-    assert len(dataset) == 3
-    item = dataset[0]
-    instances = item['data_samples'].gt_instances
-    assert item['inputs'].shape == (3, 96, 128)
-    assert len(instances) > 0
-    assert instances.bboxes.tensor.shape == (len(instances), 4)
-    assert instances.masks.masks.shape == (len(instances), 96, 128)
-    assert set(instances.labels.tolist()) <= set(range(10))
-
-
-def test_dataset_labels_are_the_digits(root):
-    dataset = build(root)
     coco = COCO(dataset.ann_file)
-    for index in range(len(dataset)):
-        info = dataset.get_data_info(index)
-        annotations = coco.imgToAnns[info['img_id']]
-        names = [dataset.metainfo['classes'][i['bbox_label']] for i in info['instances']]
+    assert len(dataset) == 3
+    for index, item in enumerate(dataset):
+        instances = item['data_samples'].gt_instances
+        assert item['inputs'].shape == (3, 96, 128)
+        assert instances.masks.masks.shape == (len(instances), 96, 128)
+        names = [dataset.metainfo['classes'][label] for label in instances.labels]
+        annotations = coco.imgToAnns[dataset.get_data_info(index)['img_id']]
         assert names == [coco.cats[a['category_id']]['name'] for a in annotations]
+        assert instances.bboxes.tensor.tolist() == [[x, y, x + w, y + h] for x, y, w, h in
+                                                    (a['bbox'] for a in annotations)]
 
 
-def test_dataset_makes_its_files_on_construction_even_if_lazy(tmp_path):
+def test_files_are_made_on_construction_even_if_lazy(tmp_path):
     dataset = DigitScenesDataset(data_root=str(tmp_path), num_images=1, lazy_init=True)
-    assert dataset.MAKES_OWN_FILES
     assert (tmp_path / 'annotations' / 'instances_train.json').is_file()
     assert len(dataset.metainfo['palette']) == len(dataset.metainfo['classes']) == 10
 
 
 @pytest.mark.parametrize('task', ['bbox', 'segm'])
-def test_dataset_annotations_evaluate_to_one_against_themselves(root, task):
+def test_annotations_evaluate_to_one_against_themselves(root, task):
     coco = COCO(build(root).ann_file)
     truth = [{**annotation, 'score': 1.0} for annotation in coco.anns.values()]
     if task == 'segm':
@@ -99,19 +90,13 @@ def test_runner_builds_the_dataset_before_the_evaluator_opens_its_file(tmp_path)
     assert len(runner.val_loop.dataloader) == 3
 
 
-@pytest.mark.parametrize('name', ['ann_file', 'data_prefix'])
-def test_dataset_given_its_own_paths_raises(tmp_path, name):
-    with pytest.raises(ValueError, match=f'{name}=.*remove it from the config'):
-        DigitScenesDataset(data_root=str(tmp_path), **{name: 'elsewhere'})
+@pytest.mark.parametrize(('wrong', 'message'), [
+    (dict(ann_file='elsewhere'), 'ann_file=.*remove it from the config'),
+    (dict(data_prefix='elsewhere'), 'data_prefix=.*remove it from the config'),
+    (dict(scenes=dict(scale=(16, 40))), r"unknown keys \['scale'\]; allowed are .*'scales'"),
+    (dict(split='test'), "split='test': unknown"),
+])
+def test_a_wrong_argument_raises_and_nothing_is_written(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DigitScenesDataset(data_root=str(tmp_path), **wrong)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_dataset_unknown_scene_setting_raises(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown keys \['scale'\]; allowed are .*'scales'"):
-        DigitScenesDataset(data_root=str(tmp_path), scenes={'scale': (16, 40)})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_dataset_unknown_split_raises(tmp_path):
-    with pytest.raises(ValueError, match="split='test': unknown"):
-        DigitScenesDataset(data_root=str(tmp_path), split='test')
