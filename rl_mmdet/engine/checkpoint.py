@@ -59,9 +59,9 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
                      allow_pickle: bool = False) -> LoadReport:
     """Compare a checkpoint with the model that is going to load it.
 
-    Explained, and therefore fine: removed blocks' weights (they initialise the computing layers), what lies beside
-    the model (an ImageNet classifier's ``fc``), and missing tensors of modules that ImageNet models never have
-    (DCN offsets, plugins, a pyramid's norms). A backbone's weights may be in any layout that it loads.
+    These differences are expected: weights of removed blocks, which initialise the computing layers; tensors beside the
+    model, such as an ImageNet classifier's ``fc``; and missing tensors of modules that ImageNet models don't have, such
+    as DCN offsets, plugins or a pyramid's norms. A backbone's weights may be in any layout that it loads.
 
     Args:
         model: the module whose keys the checkpoint (below ``prefix``) should have.
@@ -69,7 +69,7 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
         ignore: regular expressions of keys to leave out on purpose.
 
     Raises:
-        UserError: a tensor that is missing, left over or of another shape without explanation; the first are named.
+        UserError: another tensor is missing, left over or of another shape; the first few are named.
     """
     tensors = state_dict_of(read_checkpoint(path, allow_pickle), prefix, wrapped=translates(model))
     if not tensors:
@@ -91,6 +91,7 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
 
 
 def _unexplained(model: nn.Module, report: LoadReport, ignore: Sequence[str]) -> list[str]:
+    """One text for each tensor that differs in a way that isn't expected."""
     roots = {name for name, _ in model.named_children()}
     new = _modules_without_pretraining(model) + never_pretrained(model)
     problems = {key: f'{key} has shape {old}, the model needs {own}' for key, (old, own) in report.mismatched.items()}
@@ -101,7 +102,7 @@ def _unexplained(model: nn.Module, report: LoadReport, ignore: Sequence[str]) ->
 
 
 def _modules_without_pretraining(model: nn.Module) -> tuple[str, ...]:
-    """Key prefixes of deformable convolutions' offsets, of block plugins, and of what ConvAWS makes of its weights."""
+    """Key prefixes of modules that ImageNet models don't have: DCN offsets, plugins, ConvAWS's scale and shift."""
     names = []
     for name, module in model.named_modules():
         if isinstance(module, ConvAWS2d):

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line, no traceback."""
+"""Errors that the user can mend; a tool shows them as one line without traceback."""
 
 
 class UserError(Exception):
