@@ -13,7 +13,7 @@ SPLITS = ('train', 'val')
 CLASSES = tuple('0123456789')
 
 DRAWING_VERSION = 1  # raise it when the drawing changes: older files are then made again
-_SOURCE_SIDE = 8  # px, side of a load_digits sample
+_SAMPLE_SIDE = 8  # px, side of a load_digits sample
 _MAX_ROTATION = 15.0  # degrees, either way
 _ROOM = 1.25  # room a rotated digit needs, in multiples of its scale: cos 15° + sin 15° = 1.22
 _INK_LEVEL = 0.45  # sample value (0..1) at which a stroke ends
@@ -23,20 +23,22 @@ _CROWDING = 0.4  # share of the digits that are placed next to, or partly over, 
 _PLACE_TRIES = 40
 
 
-def check_split(split: str) -> None:
-    """Raise ValueError if the split is unknown."""
-    if split not in SPLITS:
-        raise ValueError(f'split={split!r}: unknown; choose one of {SPLITS}.')
-
-
 @dataclasses.dataclass(frozen=True)
 class SceneSettings:
-    """What a split looks like; the fields are explained in ``generate_digit_scenes``.
+    """What a split looks like.
+
+    Args:
+        num_images: Number of scenes, >= 1.
+        image_size: (width, height) in px, each >= 64.
+        seed: Seed of the scenes, >= 0. The samples of a split do not depend on it.
+        digits_per_image: Fewest and most digits, >= 1; one that finds no free place is left out.
+        scales: Smallest and largest side in px of the 8x8 sample as drawn, >= 8; log-uniform.
+        max_overlap: Cap on what two boxes share, in [0, 1), as a fraction of the smaller box; so it bounds their IoU.
+        clutter: Fewest and most pieces of clutter (blobs and strokes) behind the digits.
 
     Raises:
         ValueError: If a value is out of its range, or the largest digit does not fit the image.
     """
-
     num_images: int
     image_size: tuple[int, int] = (160, 160)
     seed: int = 0
@@ -48,11 +50,9 @@ class SceneSettings:
     def __post_init__(self) -> None:
         _check_int('num_images', self.num_images, low=1)
         _check_int('seed', self.seed, low=0)
-        lowest = {'image_size': 64, 'digits_per_image': 1, 'scales': _SOURCE_SIDE, 'clutter': 0}
-        for name, low in lowest.items():
+        for name, low in dict(image_size=64, digits_per_image=1, scales=_SAMPLE_SIDE, clutter=0).items():
             object.__setattr__(self, name, _checked_pair(name, getattr(self, name), low))
-        if isinstance(self.max_overlap, bool) or not isinstance(self.max_overlap, (int, float)) or (
-                not 0 <= self.max_overlap < 1):
+        if not isinstance(self.max_overlap, (int, float)) or not 0 <= self.max_overlap < 1:
             raise ValueError(f'max_overlap={self.max_overlap!r}: expected a number in [0, 1).')
         object.__setattr__(self, 'max_overlap', float(self.max_overlap))
         largest = math.floor((min(self.image_size) - 2) / _ROOM)
@@ -106,11 +106,10 @@ def draw_scene(settings: SceneSettings, split: str, index: int, samples: np.ndar
     """Draw one scene; it depends on nothing but the arguments.
 
     Args:
-        settings: The look of the scenes; ``num_images`` plays no part.
+        settings: What the scenes look like; ``num_images`` doesn't matter.
         split: 'train' or 'val'.
         index: Number of the image in the split.
-        samples: The split's handwriting, shape (n, 8, 8), see :func:`digit_samples`.
-        labels: Their digits, shape (n,).
+        samples, labels: The split's handwriting, see :func:`digit_samples`.
 
     Returns:
         The RGB image, uint8 of shape (height, width, 3), and its COCO annotations without ids. A box encloses exactly
@@ -171,9 +170,9 @@ def _ink(rng: np.random.Generator, sample: np.ndarray, scales: tuple[int, int]) 
     wide at every scale. Returns the opacity in [0, 1], float32 of shape (h, w).
     """
     scale = math.exp(rng.uniform(*np.log(scales)))
-    zoom = scale / _SOURCE_SIDE
+    zoom = scale / _SAMPLE_SIDE
     side = math.ceil(scale * _ROOM)
-    middle = (_SOURCE_SIDE - 1) / 2
+    middle = (_SAMPLE_SIDE - 1) / 2
     matrix = cv2.getRotationMatrix2D((middle, middle), rng.uniform(-_MAX_ROTATION, _MAX_ROTATION), zoom)
     matrix[:, 2] += (side - 1) / 2 - middle
     ink = cv2.warpAffine(sample, matrix, (side, side), flags=cv2.INTER_CUBIC)

@@ -12,20 +12,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .digit_drawing import CLASSES, DRAWING_VERSION, SceneSettings, check_split, digit_samples, draw_scene
+from .digit_drawing import CLASSES, DRAWING_VERSION, SPLITS, SceneSettings, digit_samples, draw_scene
 
 logger = logging.getLogger(__name__)
 
 
-def generate_digit_scenes(root: str | os.PathLike, split: str, num_images: int,
-                          image_size: tuple[int, int] = (160, 160), seed: int = 0,
-                          digits_per_image: tuple[int, int] = (2, 6), scales: tuple[int, int] = (16, 56),
-                          max_overlap: float = 0.2, clutter: tuple[int, int] = (2, 8)) -> str:
+def generate_digit_scenes(root: str | os.PathLike, split: str, num_images: int, **settings: Any) -> str:
     """Make sure that a split of digit scenes is on disk, and return its annotation file.
 
     The same arguments give the same bytes, and image ``i`` does not depend on ``num_images``. A split with the same
@@ -34,13 +32,8 @@ def generate_digit_scenes(root: str | os.PathLike, split: str, num_images: int,
     Args:
         root: Folder of the dataset, made if missing.
         split: 'train' or 'val'; they share no handwriting, see ``digit_samples``.
-        num_images: Number of scenes, >= 1.
-        image_size: (width, height) in px, each >= 64.
-        seed: Seed of the scenes, >= 0. The samples of a split do not depend on it.
-        digits_per_image: Fewest and most digits, >= 1; one that finds no free place is left out.
-        scales: Smallest and largest side in px of the 8x8 sample as drawn, >= 8; log-uniform.
-        max_overlap: Cap on what two boxes share, in [0, 1), as a fraction of the smaller box; so it bounds their IoU.
-        clutter: Fewest and most pieces of clutter (blobs and strokes) behind the digits.
+        num_images: Number of scenes.
+        **settings: The other arguments of :class:`~rl_mmdet.datasets.digit_drawing.SceneSettings`.
 
     Returns:
         Path of ``<root>/annotations/instances_<split>.json``.
@@ -49,8 +42,9 @@ def generate_digit_scenes(root: str | os.PathLike, split: str, num_images: int,
         ValueError: If an argument is out of range; nothing is written then.
         FileExistsError: If the split's folder or annotation file is there and is not ours; both are left untouched.
     """
-    check_split(split)
-    settings = SceneSettings(num_images, image_size, seed, digits_per_image, scales, max_overlap, clutter)
+    if split not in SPLITS:
+        raise ValueError(f'split={split!r}: unknown; choose one of {SPLITS}.')
+    settings = SceneSettings(num_images, **settings)
     files = _Split(Path(root), split)
     if not files.are_made_with(settings):  # asked without the lock first, so that a read-only disk will do
         files.refuse_what_is_not_ours()
@@ -125,12 +119,9 @@ def _draw(settings: SceneSettings, split: str, folder: Path) -> dict:
         images.append({'id': i, 'file_name': name, 'width': width, 'height': height})
         first = len(annotations) + 1
         annotations += [{'id': n, 'image_id': i, **instance} for n, instance in enumerate(instances, first)]
-    return {
-        'info': {'description': 'Scenes of handwritten digits (scikit-learn load_digits)'},
-        'images': images,
-        'annotations': annotations,
-        'categories': [{'id': n, 'name': name} for n, name in enumerate(CLASSES, start=1)],
-    }
+    categories = [{'id': n, 'name': name} for n, name in enumerate(CLASSES, start=1)]
+    info = {'description': 'Scenes of handwritten digits (scikit-learn load_digits)'}
+    return {'info': info, 'images': images, 'annotations': annotations, 'categories': categories}
 
 
 def _write_png(path: Path, image: np.ndarray) -> None:

@@ -22,11 +22,8 @@ class DigitScenesDataset(CocoDataset):
     Args:
         data_root: Folder that holds train and val, made if missing.
         split: 'train' or 'val'.
-        num_images: Number of scenes.
-        image_size: (width, height) of a scene in px.
-        seed: Seed of the scenes.
-        scenes: Further arguments of :func:`~rl_mmdet.datasets.digit_scenes.generate_digit_scenes`:
-            ``digits_per_image``, ``scales``, ``max_overlap``, ``clutter``.
+        num_images, image_size, seed: See :class:`~rl_mmdet.datasets.digit_drawing.SceneSettings`.
+        scenes: Its other arguments: ``digits_per_image``, ``scales``, ``max_overlap``, ``clutter``.
         **kwargs: Arguments of ``CocoDataset`` but ``ann_file`` and ``data_prefix``: ``pipeline``, ``filter_cfg``,
             ``test_mode``, ``backend_args`` and so on.
 
@@ -55,6 +52,6 @@ class DigitScenesDataset(CocoDataset):
         unknown = sorted(set(scenes) - set(self.SCENE_KEYS))
         if unknown:
             raise ValueError(f'scenes has unknown keys {unknown}; allowed are {self.SCENE_KEYS}.')
-        annotations = generate_digit_scenes(data_root, split, num_images, image_size, seed, **scenes)
+        annotations = generate_digit_scenes(data_root, split, num_images, image_size=image_size, seed=seed, **scenes)
         super().__init__(data_root=data_root, ann_file=os.path.relpath(annotations, data_root),
                          data_prefix={'img': f'{split}/'}, **kwargs)

@@ -103,7 +103,9 @@ def apply_delta(base: str, delta: str, out: str, allow_pickle: bool = False) -> 
     check_new_file(out)
     info = delta_info(delta)
     tensors, _ = _read(base, allow_pickle)
-    check_base(info, base, tensors)
+    if state_hash(tensors) != info.base_hash:
+        raise UserError(f'{base}: not the base of this delta: its tensors\' hash is {state_hash(tensors)[:16]}, the '
+                        f'delta was made from {info.base_hash[:16]}')
     with _opened(delta) as file:
         classes = json.loads(file.metadata()['dataset_meta'])
         tensors = {key: tensor for key, tensor in tensors.items() if key not in info.removed}
@@ -129,14 +131,6 @@ def delta_info(delta: str) -> DeltaInfo:
     numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
     return DeltaInfo(shapes, json.loads(metadata['removed']), numbers, int(metadata['base_numbers']),
                      metadata['base'], metadata['result'], os.path.getsize(delta))
-
-
-def check_base(info: DeltaInfo, base: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a UserError if ``tensors``, those of the file ``base``, aren't those that the delta belongs to."""
-    actual = state_hash(tensors)
-    if actual != info.base_hash:
-        raise UserError(f'{base}: not the base of this delta: its tensors\' hash is {actual[:16]}, the delta was made '
-                        f'from {info.base_hash[:16]}')
 
 
 def _read(path: str, allow_pickle: bool) -> tuple[dict[str, Tensor], Any]:
