@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.layouts import never_pretrained, own_layout, state_dict_of, translates
 from ..replacement import LoadReport, adapt_state_dict
-from .errors import UserError
+from .errors import UserError, first_line
 
 
 def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
@@ -47,9 +47,7 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
                             'from, add --allow-pickle') from None
         raise UserError(f'{path}: not a PyTorch checkpoint, or a truncated one') from None
     except (EOFError, RuntimeError, ValueError, KeyError, OSError) as error:
-        lines = str(error).splitlines() if isinstance(error, (OSError, RuntimeError)) else []
-        reason = f' ({lines[0][:120]})' if lines else ''
-        raise UserError(f'{path}: truncated, or not a PyTorch checkpoint{reason}') from None
+        raise UserError(f'{path}: truncated, or not a PyTorch checkpoint ({first_line(error)[:120]})') from None
     if not isinstance(checkpoint, Mapping):
         raise UserError(f'{path}: holds a {type(checkpoint).__name__}, not a state dict')
     return checkpoint

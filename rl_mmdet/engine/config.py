@@ -9,7 +9,7 @@ from mmengine.registry import Registry
 
 from ..replacement import PLANS
 from ..replacement.registry import TRANSFERS
-from .errors import UserError
+from .errors import UserError, first_line
 
 LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
 CONSTRUCTOR = 'RLOptimWrapperConstructor'
@@ -34,12 +34,12 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
     try:
         cfg = get_config(path) if '::' in path else Config.fromfile(path)
     except Exception as error:  # mmengine raises whatever the config's own Python code raises
-        raise UserError(f'config {path}: {_first_line(error)}') from error
+        raise UserError(f'config {path}: {first_line(error)}') from error
     old_root = cfg.get('data_root')
     try:
         cfg.merge_from_dict(dict(options or {}))
     except (AssertionError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f'--cfg-options: {_first_line(error)}') from error
+        raise UserError(f'--cfg-options: {first_line(error)}') from error
     if options and 'data_root' in options:
         _move_data_root_(cfg, old_root, str(options['data_root']))
     cfg.launcher = launcher
@@ -120,9 +120,3 @@ def _move_data_root_(cfg: Config, old: str | None, new: str) -> None:
             for name, value in node.items():
                 if isinstance(value, str) and value.startswith(old):
                     node[name] = new + value[len(old):].lstrip('/')
-
-
-def _first_line(error: BaseException) -> str:
-    """An error's class and the first line of its text."""
-    text = str(error).strip().splitlines()
-    return f'{type(error).__name__}: {text[0] if text else "no message"}'

@@ -36,39 +36,29 @@ def root(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / 'digits'))
 
 
-def test_scenes_are_in_coco_layout(finished):
-    path = generate(finished)
-    coco = json.loads(path.read_text())
-    assert path == finished / 'annotations' / 'instances_train.json'
-    assert [image['file_name'] for image in coco['images']] == [f'{i:06d}.png' for i in range(4)]
-    for image in coco['images']:
-        pixels = cv2.imread(str(finished / 'train' / image['file_name']), cv2.IMREAD_UNCHANGED)
-        assert pixels.shape == (SIZE[1], SIZE[0], 3)
-        assert (image['width'], image['height']) == SIZE
-    assert [annotation['id'] for annotation in coco['annotations']] == list(range(1, len(coco['annotations']) + 1))
-    assert coco['categories'] == [{'id': d + 1, 'name': str(d)} for d in range(10)]
-
-
-def test_same_arguments_give_same_bytes_and_another_seed_others(finished, tmp_path):
-    generate(tmp_path / 'same')
-    assert contents(tmp_path / 'same') == contents(finished)
-    generate(tmp_path / 'other', seed=1)
-    assert contents(tmp_path / 'other')['train/000000.png'] != contents(finished)['train/000000.png']
-
-
-def test_fewer_images_are_the_first_ones(finished, tmp_path):
-    few = json.loads(generate(tmp_path, num_images=2).read_text())
-    many = json.loads(generate(finished).read_text())
-    assert few['images'] == many['images'][:2]
-    assert few['annotations'] == [a for a in many['annotations'] if a['image_id'] < 2]
-    assert contents(tmp_path)['train/000001.png'] == contents(finished)['train/000001.png']
-
-
-def test_a_finished_split_is_reused(root, monkeypatch):
+def test_scenes_are_in_coco_layout_and_reused(root, monkeypatch):
     monkeypatch.setattr(digit_scenes, 'draw_scene', lambda *args: pytest.fail('drawn again'))
     before = contents(root)
-    generate(root)
+    path = generate(root)
+    coco = json.loads(path.read_text())
+    assert path == root / 'annotations' / 'instances_train.json'
+    for number, image in enumerate(coco['images']):
+        assert image == dict(id=number, file_name=f'{number:06d}.png', width=SIZE[0], height=SIZE[1])
+        assert cv2.imread(str(root / 'train' / image['file_name'])).shape == (SIZE[1], SIZE[0], 3)
+    assert [annotation['id'] for annotation in coco['annotations']] == list(range(1, len(coco['annotations']) + 1))
+    assert coco['categories'] == [{'id': d + 1, 'name': str(d)} for d in range(10)]
     assert contents(root) == before
+
+
+def test_the_same_arguments_give_the_same_bytes_and_fewer_images_the_first_ones(finished, tmp_path):
+    generate(tmp_path / 'same')
+    assert contents(tmp_path / 'same') == contents(finished)
+    paths = generate(tmp_path / 'few', num_images=2), generate(finished)
+    few, many = (json.loads(path.read_text()) for path in paths)
+    assert few['annotations'] == [a for a in many['annotations'] if a['image_id'] < 2]
+    assert contents(tmp_path / 'few')['train/000001.png'] == contents(finished)['train/000001.png']
+    generate(tmp_path / 'other', seed=1)
+    assert contents(tmp_path / 'other')['train/000000.png'] != contents(finished)['train/000000.png']
 
 
 @pytest.mark.parametrize('damage', [
@@ -95,19 +85,14 @@ def test_an_interrupted_split_is_made_again(root, finished, tmp_path, monkeypatc
     assert contents(folder) == contents(finished)
 
 
-def test_other_settings_make_it_again_and_say_so(root, tmp_path, caplog):
+def test_other_settings_make_it_again_and_leave_the_other_split_alone(root, tmp_path, caplog):
+    generate(root, 'val', num_images=2)
+    val = {name: content for name, content in contents(root).items() if 'val' in name}
     generate(root, num_images=2, seed=3)
     (message,) = caplog.messages
     assert '"num_images": 2' in message and '"num_images": 4' in message
     generate(tmp_path / 'fresh', num_images=2, seed=3)
-    assert contents(root) == contents(tmp_path / 'fresh')
-
-
-def test_val_leaves_train_alone(root):
-    before = contents(root)
-    generate(root, 'val', num_images=2)
-    after = contents(root)
-    assert before == {name: after[name] for name in before}
+    assert contents(root) == contents(tmp_path / 'fresh') | val
 
 
 @pytest.mark.parametrize('name', ['annotations/instances_train.json', 'train/photo.jpg'])
