@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from mmdet.datasets.api_wrappers import COCO, COCOeval
 
-from ...engine import written_whole
+from ...engine.files import written_whole
 
 METRICS = ('bbox', 'segm')
 MAX_DETECTIONS = (100, 300, 1000)  # per image and class; AP is at the first, AP50 and all others at the last

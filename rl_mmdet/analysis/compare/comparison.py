@@ -14,8 +14,10 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import init_default_scope
 from torch.utils.data import Dataset
 
-from ...engine import UserError, add_rl_defaults_, inspect_training, load_config, prepare_files, write_text
+from ...engine import UserError, add_rl_defaults_, inspect_training, load_config
 from ...engine.config import uses_replacement
+from ...engine.files import write_text
+from ...engine.preflight import prepare_files
 from .same_question import check_evaluation, check_same_question, coco_evaluator, differences, metrics_of
 
 FORMAT = 'rl_mmdet.comparison/1'

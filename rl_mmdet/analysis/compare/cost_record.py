@@ -8,7 +8,7 @@ from pathlib import Path
 import mmdet
 import torch
 
-from ...engine import write_text
+from ...engine.files import write_text
 from .comparison import Comparison
 from .costs import Cost, measure_costs
 from .runs import checkpoint_of

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ...engine import written_whole
+from ...engine.files import written_whole
 from .comparison import Comparison
 from .contents import Contents
 from .disagreements import disagreements

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from ...engine import UserError, write_text
+from ...engine import UserError
+from ...engine.files import write_text
 from ..training_run import run_training
 from .coco_scores import Matches, Scores, score_detections
 from .comparison import Comparison, Run
