@@ -41,11 +41,13 @@ class Case:
     def build_baseline(self, **more: Any) -> nn.Module:
         return _build(dict(self.baseline, **more))
 
-    def build(self, mode: str = 'detached', fusion: dict[str, Any] | None = None, **more: Any) -> nn.Module:
-        return _build(dict(self.rl, replacement=dict(EVERY_SECOND, fusion=fusion, gradient=dict(mode=mode)), **more))
+    def build_unreplaced(self, **more: Any) -> nn.Module:
+        return _build(dict(self.rl, replacement=None, **more))
 
-    def build_unreplaced(self) -> nn.Module:
-        return _build(dict(self.rl, replacement=None))
+    def build(self, mode: str = 'detached', fusion: dict[str, Any] | None = None,
+              operator: dict[str, Any] | None = None, **more: Any) -> nn.Module:
+        replacement = dict(EVERY_SECOND, fusion=fusion, operator=operator, gradient=dict(mode=mode))
+        return _build(dict(self.rl, replacement=replacement, **more))
 
 
 def _build(cfg: dict[str, Any]) -> nn.Module:
@@ -225,6 +227,12 @@ def params(cases: dict[str, Case]) -> list:
     """The cases as a fixture's parameters."""
     return [pytest.param(case, id=name, marks=() if name in SAMPLE else pytest.mark.slow)
             for name, case in cases.items()]
+
+
+@pytest.fixture(scope='session')
+def cases() -> dict[str, Case]:
+    """All, by name, for the tests that choose some."""
+    return CASES | ARGUMENTS
 
 
 @pytest.fixture(scope='module', params=params(CASES))

@@ -1,46 +1,29 @@
 """``fold_norm=True`` of every kind of RL backbone: same outputs, gradients and state, and less is kept for backward."""
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from rl_mmdet.analysis import saved_bytes
 from rl_mmdet.models import RLResNet, build_rl_backbone
 from rl_mmdet.replacement import materialize
 
-EVERY_SECOND = dict(plan=dict(type='EveryKth', k=2))
 TINY = dict(depth=50, base_channels=4)
-SPLIT = dict(depth=50, base_channels=8, stem_channels=8)
-BACKBONES = {
-    'RLResNet_frozen': dict(type='RLResNet', **TINY, frozen_stages=1),
-    'RLResNet_with_cp': dict(type='RLResNet', **TINY, with_cp=True),
-    'RLResNet_sync': dict(type='RLResNet', **TINY, norm_cfg=dict(type='SyncBN')),
-    'Res2Net': dict(type='RLBackbone', backbone='Res2Net', **SPLIT, scales=2, base_width=4),
-    'timm_resnet': dict(type='RLBackbone', timm='resnet34', channels=(4, 8, 8, 16), norm_eval=True),
-}
-ALL = BACKBONES | {
-    'RLResNet': dict(type='RLResNet', **TINY),
-    'RLResNet_caffe': dict(type='RLResNet', **TINY, style='caffe', norm_cfg=dict(type='BN', requires_grad=False)),
-    'RLResNet_dcn': dict(type='RLResNet', **TINY, dcn=dict(type='DCNv2', deform_groups=1),
-                         stage_with_dcn=(False, False, True, False)),
-    'RLResNetV1d': dict(type='RLResNetV1d', **TINY),
-    'RLResNeXt': dict(type='RLResNeXt', **TINY, groups=2, base_width=4),
-    'HRNet': dict(type='RLBackbone', backbone='HRNet', norm_eval=True, extra={
-        f'stage{i + 1}': dict(num_modules=1, num_branches=i + 1, block='BOTTLENECK' if i == 0 else 'BASIC',
-                              num_blocks=(3,) * (i + 1), num_channels=(4, 4, 8, 8)[:i + 1]) for i in range(4)}),
-}
+SAMPLE = ('frozen_stages', 'with_cp', 'sync_bn', 'Res2Net', 'timm_resnet')
+MORE = ('RLResNet', 'caffe', 'dcn_v2', 'RLResNetV1d', 'RLResNeXt', 'HRNet', 'RegNet')
+"""Names of cases in conftest.py, the second ones ``slow``."""
 
 
 @pytest.fixture
-def build(randomise_, in_mode) -> Callable[..., nn.Module]:
+def build(cases, randomise_, in_mode) -> Callable[..., nn.Module]:
     """A backbone in float64 and in train mode, with the same numbers at every call."""
-    def make(cfg: dict[str, Any], **more: Any) -> nn.Module:
-        torch.manual_seed(0)
-        return in_mode(randomise_(MODELS.build(copy.deepcopy(dict(cfg, **more)))), True).double()
+    def make(name: str, mode: str | None = None, **more: Any) -> nn.Module:
+        case = cases[name]
+        model = case.build_unreplaced(norm_eval=True, **more) if mode is None else case.build(
+            mode, norm_eval=True, **more)
+        return in_mode(randomise_(model), True).double()
     return make
 
 
@@ -65,15 +48,13 @@ def image() -> Tensor:
 
 
 @pytest.mark.parametrize('mode', [None, 'detached', 'coupled'])
-@pytest.mark.parametrize('cfg', [pytest.param(cfg, id=name, marks=() if name in BACKBONES else pytest.mark.slow)
-                                 for name, cfg in ALL.items()])
-def test_outputs_gradients_and_keys_are_the_same_and_less_is_kept(build, image, cfg, mode):
-    """Without replacement, and with replaced blocks in both gradient modes."""
-    more = {} if mode is None else dict(replacement=dict(EVERY_SECOND, gradient=dict(mode=mode)))
-    plain, folded = build(cfg, **more), build(cfg, **more, fold_norm=True)
+@pytest.mark.parametrize('name', [*SAMPLE, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def test_outputs_gradients_and_keys_are_the_same_and_less_is_kept(build, image, name, mode):
+    """Without replacement (None), and with replaced blocks in both gradient modes."""
+    plain, folded = build(name, mode), build(name, mode, fold_norm=True)
     assert list(folded.state_dict()) == list(plain.state_dict())
     assert_equal(results(folded, image), results(plain, image))
-    if not cfg.get('with_cp'):
+    if name != 'with_cp':
         kept = [saved_bytes(model, lambda model=model: model(image)) for model in (plain, folded)]
         assert kept[1] < 0.9 * kept[0]
 
@@ -86,14 +67,14 @@ def test_about_half_is_kept(in_mode):
     assert 0.4 * kept[0] < kept[1] < 0.6 * kept[0]
 
 
-def test_detectors_second_way_forward(build, image):
+def test_detectors_second_way_forward(randomise_, image):
     """``rfp_forward``, also of replaced blocks, is folded, too."""
     features = [torch.ones(1, 4, 32 // stride, 64 // stride).double() for stride in (4, 8, 16, 32)]
-    cfg = dict(TINY, type='RLBackbone', backbone='DetectoRS_ResNet', rfp_inplanes=4, norm_eval=True,
-               replacement=EVERY_SECOND)
     kept, gradients = [], []
     for fold_norm in (False, True):
-        model = build(cfg, fold_norm=fold_norm)
+        model = randomise_(build_rl_backbone('DetectoRS_ResNet', **TINY, rfp_inplanes=4, norm_eval=True,
+                                             replacement=dict(plan=dict(type='EveryKth', k=2)), fold_norm=fold_norm))
+        model.double().train()
         kept.append(saved_bytes(model, lambda model=model: model.rfp_forward(image, features)))
         sum(out.square().sum() for out in model.rfp_forward(image, features)).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -114,12 +95,11 @@ def test_initial_weights_are_the_same():
     assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
 
 
-@pytest.mark.parametrize('name', ['RLResNet_frozen', 'RLResNet_sync'])
+@pytest.mark.parametrize('name', ['frozen_stages', 'sync_bn'])
 def test_materialize_gives_the_plain_backbone(build, image, name):
-    model = build(BACKBONES[name], replacement=EVERY_SECOND, fold_norm=True)
+    model = build(name, 'detached', fold_norm=True)
     plain = materialize(model)
-    assert [type(module) for module in plain.modules()][1:] == [
-        type(module) for module in build(BACKBONES[name]).modules()][1:]
+    assert [type(module) for module in plain.modules()] == [type(module) for module in build(name).modules()]
     assert_equal(dict(enumerate(plain(image))), dict(enumerate(model(image))))
 
 

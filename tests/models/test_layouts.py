@@ -147,7 +147,8 @@ original_convnext = renamed(
 
 LAYOUTS = {
     'swin_timm': Layout(swin, dict, OUR_SWIN, dict(embed_dims=8), normed, (128, 128)),
-    'swin_original': Layout(swin, original_swin, OUR_SWIN, dict(embed_dims=8), normed, (128, 128)),
+    'swin_original': Layout(swin, original_swin, dict(OUR_SWIN, convert_weights=True), dict(embed_dims=8), normed,
+                            (128, 128)),
     'resnet_timm': Layout(lambda: timm.create_model('resnet50', channels=(4, 8, 16, 32)), dict, dict(
         type='RLResNet', depth=50, base_channels=4, stem_channels=64), WIDER, lambda *args: timm_maps(*args)[1:]),
     'resnet_v1d_timm': Layout(lambda: timm.create_model('resnet50d', channels=(4, 8, 16, 32), stem_width=2), dict, dict(
@@ -281,6 +282,23 @@ def test_relative_positions_of_another_grid_are_interpolated_when_sams_layout_is
         given = source.blocks[index].attn.rel_pos_h.detach()
         expected = F.interpolate(given.T[None], size, mode='linear')[0].T
         torch.testing.assert_close(model.blocks[index].attn.rel_pos_h.detach(), expected)
+
+
+@pytest.mark.parametrize(('window', 'replacement'), [(3, None), (7, None), (7, EVERY_SECOND)])
+def test_position_tables_of_another_window_are_interpolated_when_swins_layout_is_loaded(window, replacement):
+    source, name = swin(), 'blocks.0.attn.{}relative_position_bias_table'
+    model = RLSwin(**dict(without_type(OUR_SWIN), window_size=window, replacement=replacement))
+    model.load_state_dict(original_swin(source.state_dict()), strict=False)
+    given = source.layers[2].get_parameter(name.format(''))  # offsets from -1 to 1 in both directions, two heads
+    square = F.interpolate(given.T.view(1, 2, 3, 3), (2 * window - 1, 2 * window - 1), mode='bicubic')
+    torch.testing.assert_close(model.stages[2].get_parameter(name.format('w_msa.')), square.view(2, -1).T)
+
+
+def test_position_table_that_is_no_square_raises():
+    state = dict(swin().state_dict())
+    state['layers.0.blocks.0.attn.relative_position_bias_table'] = torch.zeros(8, 1)
+    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0\..*table has 8 rows, which is no square, and can't be"):
+        RLSwin(**without_type(OUR_SWIN)).load_state_dict(state)
 
 
 def test_preflight_refuses_positions_of_no_square_grid(tmp_path):

@@ -1,13 +1,9 @@
 """Swin: what is special to it, besides what test_backbones.py says of every class."""
-import re
 from typing import Any
 
 import pytest
 import torch
 from mmdet.models.backbones import SwinTransformer
-from mmengine.config import ConfigDict
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rl_mmdet.models import RLSwin
 from rl_mmdet.replacement import materialize
@@ -102,77 +98,6 @@ def test_drop_path_is_the_materialized_models_with_the_same_seed(with_cp, image,
         outs.append(each(image)[2])
     assert_near(outs[0], outs[1])
     assert not torch.allclose(outs[0], outs[2])
-
-
-# Weights in Swin's original layout, which mmdet's class reads with convert_weights=True
-
-def to_original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """mmdet's names and order of merged patches back to those of Swin's own repository, as published."""
-    original = {'norm.weight': torch.ones(128), 'head.weight': torch.zeros(5, 128), 'head.bias': torch.zeros(5)}
-    for key, value in tensors.items():
-        if re.match(r'norm\d', key):
-            continue
-        key = re.sub(r'^stages', 'layers', key).replace('attn.w_msa.', 'attn.').replace('projection', 'proj')
-        key = key.replace('ffn.layers.0.0.', 'mlp.fc1.').replace('ffn.layers.1.', 'mlp.fc2.')
-        if 'downsample.reduction' in key:
-            value = value.unflatten(1, (-1, 4)).transpose(1, 2)[:, [0, 2, 1, 3]].flatten(1)
-        elif 'downsample.norm' in key:
-            value = value.unflatten(0, (-1, 4)).T[[0, 2, 1, 3]].flatten()
-        original[key] = value
-    for index in (1, 3, 5):
-        original[f'layers.2.blocks.{index}.attn_mask'] = torch.zeros(16, 16, 16)
-    return original
-
-
-@pytest.fixture
-def baseline(randomise_, in_mode) -> SwinTransformer:
-    """The class that the file's weights come from; the norms of the outputs are as they are initialised."""
-    torch.manual_seed(0)
-    model = in_mode(randomise_(SwinTransformer(**TINY)), False)
-    for index in range(4):
-        nn.init.ones_(getattr(model, f'norm{index}').weight)
-        nn.init.zeros_(getattr(model, f'norm{index}').bias)
-    return model
-
-
-@pytest.fixture
-def original(baseline, tmp_path) -> ConfigDict:
-    """``init_cfg`` that names a file in the original layout."""
-    torch.save(dict(model=to_original(baseline.state_dict())), tmp_path / 'swin_original.pth')
-    return ConfigDict(type='Pretrained', checkpoint=str(tmp_path / 'swin_original.pth'))
-
-
-@pytest.mark.parametrize('cls', [SwinTransformer, RLSwin])
-def test_original_layout_gives_the_outputs_it_was_made_of(cls, baseline, original, image, in_mode):
-    model = cls(**TINY, convert_weights=True, init_cfg=original)
-    model.init_weights()
-    outs = in_mode(model, False)(image), baseline(image)
-    assert all(torch.equal(one, other) for one, other in zip(*outs, strict=True))
-
-
-@pytest.mark.parametrize('convert_weights', [True, False])
-def test_original_layout_loads_the_kept_blocks_of_a_replaced_model(convert_weights, baseline, original):
-    model = build(1, 3, convert_weights=convert_weights, init_cfg=original)
-    model.init_weights()
-    state = baseline.state_dict()
-    for key, value in model.state_dict().items():
-        assert key.endswith('.coeff') or torch.equal(value, state[key]), key
-
-
-@pytest.mark.parametrize(('window', 'replaced'), [(2, ()), (7, ()), (7, (3,))])
-def test_original_layout_of_another_window_size_has_its_tables_interpolated(window, replaced, baseline, original):
-    model = build(*replaced, window_size=window, init_cfg=original)
-    model.init_weights()
-    given = baseline.get_parameter(f'{STAGE}.0.{TABLE}')  # offsets from -3 to 3 in both directions, two heads
-    square = F.interpolate(given.T.view(1, 2, 7, 7), (2 * window - 1, 2 * window - 1), mode='bicubic')
-    torch.testing.assert_close(model.get_parameter(f'{STAGE}.0.{TABLE}'), square.view(2, -1).T)
-
-
-def test_original_layout_with_a_table_that_is_no_square_raises(baseline):
-    state = to_original(baseline.state_dict())
-    state['layers.0.blocks.0.attn.relative_position_bias_table'] = torch.zeros(48, 1)
-    with pytest.raises(ValueError, match=f"stages.0.blocks.0.{TABLE} has 48 rows, which is no square, and can't be"):
-        build(3).load_state_dict(state)
 
 
 def test_init_weights_without_checkpoint_is_the_parents_distribution():

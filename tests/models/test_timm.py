@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from mmengine.runner import CheckpointLoader
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -127,14 +126,6 @@ def test_norm_eval_keeps_all_norms_in_eval():
 
 # Weights from files
 
-@pytest.mark.parametrize('save', [('.safetensors', save_file), ('.pth', torch.save)], ids=['safetensors', 'pth'])
-def test_weights_in_torch_hubs_folder_are_used_for_the_name(save, folder, weights, download, assert_same_state):
-    save[1](weights, folder / f'{NAME}{save[0]}')
-    read = CheckpointLoader.load_checkpoint(f'timm://{NAME}', map_location='cpu')
-    assert_same_state({key: read[key] for key in weights}, weights)
-    assert download == []
-
-
 def test_weights_of_another_file_in_the_folder_are_not_used(folder, weights, download):
     save_file(weights, folder / 'resnet50.a2_in1k.safetensors')
     with pytest.raises(FileNotFoundError, match='resnet50.a1_in1k'):
@@ -142,35 +133,30 @@ def test_weights_of_another_file_in_the_folder_are_not_used(folder, weights, dow
     assert len(download) == 1
 
 
-def test_weights_pretrained_true_takes_the_folders_file(folder, weights, download):
-    save_file(weights, folder / f'{NAME}.safetensors')
+@pytest.mark.parametrize('save', [('.safetensors', save_file), ('.pth', torch.save)], ids=['safetensors', 'pth'])
+def test_weights_pretrained_true_takes_torch_hubs_folders_file(save, folder, weights, download):
+    save[1](weights, folder / f'{NAME}{save[0]}')
     model = build_rl_backbone(timm=NAME, pretrained=True, replacement=EVERY_SECOND, **TINY)
     model.init_weights()
     for key, value in model.state_dict().items():
         assert key.endswith('.coeff') or torch.equal(value, weights[key]), key
     assert all(layer.norm_stale for layer in computing_layers(model).values())
+    assert download == []
 
 
-@pytest.mark.parametrize(('source', 'name', 'save'), [
-    ('{}', 'x.safetensors', save_file), ('timm://{}', 'x.safetensors', save_file), ('{}', 'x.pth', torch.save),
-    ('timm://{}', 'x.pth', torch.save)])
-def test_weights_of_a_named_file_are_used_once(source, name, save, tmp_path, weights):
-    save(weights, tmp_path / name)
-    model = build_rl_backbone(timm='resnet50', replacement=EVERY_SECOND, **TINY,
-                              init_cfg=dict(type='Pretrained', checkpoint=source.format(tmp_path / name)))
+@pytest.mark.parametrize(('source', 'save', 'prefix'), [
+    ('{}.safetensors', save_file, ''), ('timm://{}.safetensors', save_file, ''), ('timm://{}.pth', torch.save, ''),
+    ('{}.pth', torch.save, 'backbone.')])
+def test_weights_of_a_named_file_are_used_once(source, save, prefix, tmp_path, weights):
+    source = source.format(tmp_path / 'x')
+    save({prefix + key: value for key, value in weights.items()}, source.removeprefix('timm://'))
+    model = build_rl_backbone(timm='resnet50', replacement=EVERY_SECOND, **TINY, init_cfg=dict(
+        type='Pretrained', checkpoint=source, prefix=prefix))
     model.init_weights()
     assert torch.equal(model.layer3[2].conv2.weight, weights['layer3.2.conv2.weight'])
     nn.init.zeros_(model.conv1.weight)
     model.init_weights()
     assert not model.conv1.weight.any()
-
-
-def test_weights_below_a_prefix_are_used(tmp_path, weights):
-    save_file({f'backbone.{key}': value for key, value in weights.items()}, tmp_path / 'detector.safetensors')
-    model = build_rl_backbone(timm='resnet50', **TINY, init_cfg=dict(
-        type='Pretrained', checkpoint=str(tmp_path / 'detector.safetensors'), prefix='backbone.'))
-    model.init_weights()
-    assert torch.equal(model.layer3[2].conv2.weight, weights['layer3.2.conv2.weight'])
 
 
 def test_weights_without_init_cfg_are_timms_initial_ones(assert_same_state):
@@ -190,12 +176,11 @@ def test_weights_that_need_code_are_not_read(tmp_path):
 
 # Without a network
 
-def test_no_file_and_no_network_names_the_file_and_its_place(folder, download):
-    with pytest.raises(FileNotFoundError) as error:
-        read_timm_weights(NAME)
-    assert str(folder / f'{NAME}.safetensors') in str(error.value)
-    assert 'model.safetensors of timm/resnet50.a1_in1k' in str(error.value)
-    assert "init_cfg=dict(type='Pretrained', checkpoint=FILE)" in str(error.value)
+def test_no_file_and_no_network_names_the_file_and_its_place_in_the_preflight(folder, download):
+    model = build_rl_backbone(timm=NAME, pretrained=True, **TINY)
+    with pytest.raises(UserError, match=rf'the weights {NAME} are not on this machine .*model\.safetensors of timm/'
+                                        rf'{NAME} .*put it at {folder / NAME}\.safetensors, or .*checkpoint=FILE\)'):
+        check_checkpoint(model, model.init_cfg['checkpoint'])
     assert [args[0] for args in download] == ['timm/resnet50.a1_in1k']
 
 
@@ -207,12 +192,6 @@ def test_no_file_and_no_network_of_weights_at_an_address_names_the_address_file(
     with pytest.raises(FileNotFoundError, match=r'download resnet50_a1\.pth where there is a network'):
         read_timm_weights(NAME)
     assert download == [('https://example.org/weights/resnet50_a1.pth',)]
-
-
-def test_no_file_and_no_network_stops_the_preflight_with_the_same_words(folder, download):
-    model = build_rl_backbone(timm=NAME, pretrained=True, **TINY)
-    with pytest.raises(UserError, match=rf'the weights {NAME} are not on this machine .*put it at {folder}'):
-        check_checkpoint(model, model.init_cfg['checkpoint'])
 
 
 @pytest.mark.parametrize(('name', 'match'), [
