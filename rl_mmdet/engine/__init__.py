@@ -11,7 +11,8 @@ from .search import take_found_
 
 __all__ = [
     'FiniteLossHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
-    'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'SearchHook', 'UserError', 'add_rl_defaults_', 'build_model',
-    'build_runner', 'check_checkpoint', 'check_testing', 'check_training', 'config_arguments', 'inspect_training',
-    'load_config', 'read_checkpoint', 'resume_checkpoint', 'run_arguments', 'take_found_', 'tool',
+    'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'SearchHook',
+    'UserError', 'add_rl_defaults_', 'build_model', 'build_runner', 'check_checkpoint', 'check_testing',
+    'check_training', 'config_arguments', 'inspect_training', 'load_config', 'read_checkpoint',
+    'resume_checkpoint', 'run_arguments', 'take_found_', 'tool',
 ]

@@ -51,9 +51,9 @@ def add_rl_defaults_(cfg: Config) -> Config:
     """Add, where they are absent, the hooks and the optimizer-wrapper constructor that RL training needs.
 
     Every config gets ``FiniteLossHook``. One with a ``replacement`` also gets ``RecalibrateNormsHook``,
-    ``LearningStepsHook``, ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default constructor; another
-    constructor stays. One that searches gets ``SearchHook``, and where it searches for a plan DDP is told that a step
-    doesn't use all parameters.
+    ``LearningStepsHook``, ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default
+    constructor; another constructor stays. One that searches gets ``SearchHook``, and where it searches for a plan DDP
+    is told that a step doesn't use all parameters.
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook']
