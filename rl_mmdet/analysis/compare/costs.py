@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 
 from ...engine import UserError, write_text
-from ..step_time import ratios_to, seconds_in_turn
+from ..cost import ratios_to, seconds_in_turn
 from .comparison import Comparison
 from .runs import Say, checkpoint_of
 from .subject import Loaders, Subject
