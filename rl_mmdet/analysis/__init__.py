@@ -3,8 +3,7 @@ from ..replacement.flops import count_flops
 from ..replacement.saved_bytes import saved_bytes
 from .blocks import block_table
 from .choose_blocks import choose_blocks, error_table
-from .cost import peak_memory, trainable_parameters
-from .step_time import ratios_to, seconds_in_turn
+from .cost import peak_memory, ratios_to, seconds_in_turn, trainable_parameters
 from .training_run import TrainingCost, run_training
 from .training_step import TrainingStep, backbone_step, counted_regions, detector_step
 

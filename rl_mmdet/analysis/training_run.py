@@ -24,7 +24,7 @@ PROGRESS = re.compile(r'(Epoch\((train|val|test)\).*|Iter\(\w+\).*|.*bbox_mAP_co
 
 @dataclass
 class TrainingCost:
-    """What a training has cost so far, over all its interrupted parts.
+    """What a training has cost so far, with all that was interrupted.
 
     Args:
         seconds: wall time of the processes, start-up and evaluation included.
@@ -83,6 +83,7 @@ def _end_with_parent() -> None:
 
 
 def _follow(process: subprocess.Popen, log: Path, say: Callable[[str], None]) -> deque[str]:
+    """Copy the output to the log until it ends; its last lines."""
     tail: deque[str] = deque(maxlen=15)
     with log.open('a') as file:
         for line in process.stdout:

@@ -12,8 +12,6 @@ from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
 from mmdet.testing import demo_mm_inputs
 from torch import Tensor, nn
 
-from .zoo.batches import has_masks
-
 BOXES = 20
 """Objects per image: more than COCO's seven, because anchors fit fewer of them than a trained detector's proposals."""
 SGD = dict(lr=0., momentum=0.9, weight_decay=1e-4)
@@ -91,7 +89,8 @@ def detector_step(detector: BaseDetector, size: tuple[int, int], batch: int = 1,
         detector: see :class:`TrainingStep`; it is changed.
         size, batch, amp: see :func:`backbone_step`.
     """
-    data = demo_mm_inputs(batch, [(3, *size)] * batch, [BOXES] * batch, with_mask=has_masks(detector))
+    masks = any('mask' in name for name, _ in detector.named_modules())
+    data = demo_mm_inputs(batch, [(3, *size)] * batch, [BOXES] * batch, with_mask=masks)
     for sample in data['data_samples']:
         sample.gt_instances.labels.zero_()
         sample.gt_instances.bboxes = _sound_boxes(sample.gt_instances.bboxes, size)
