@@ -42,6 +42,8 @@ def tool(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             main()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # as PyTorch asks for before a process ends
         except (UserError, KeyboardInterrupt) as error:
             if os.environ.get('RL_MMDET_TRACEBACK') == '1':
                 raise
