@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.ndimage import uniform_filter1d
 
-from .contents import Contents, RunResult, VariantResult
+from .contents import Contents, VariantResult
 from .tables import TITLES
 from .training_log import Curve
 
@@ -94,83 +95,51 @@ def _draw_front(axes: Axes, title: str, shown: Sequence[VariantResult], metric: 
 
 
 def curves(contents: Contents) -> Figure | None:
-    """Loss and AP during the trainings: the mean over seeds, in a band from the lowest to the highest seed.
+    """Loss and AP during the trainings, a line for each.
 
     The loss is a running mean over 5 % of the training. Of a variant with finished trainings only these are drawn.
 
     Returns:
         The figure; None without any log.
     """
-    logs = {variant.name: [run.log for run in _logged(contents, variant.name)] for variant in contents.variants}
-    found = {'training loss': {name: [_smooth(log.loss) for log in own] for name, own in logs.items()}}
-    found |= {f'{TITLES[metric]} on the val set': {name: [log.ap.get(metric, []) for log in own]
-                                                   for name, own in logs.items()} for metric in contents.metrics}
-    drawn = {title: {name: [curve for curve in own if curve] for name, own in by_variant.items()}
-             for title, by_variant in found.items() if any(any(own) for own in by_variant.values())}
+    logged = []
+    for variant in contents.variants:
+        runs = contents.runs_of(variant.name)
+        logged += [run for run in runs if run.status == 'finished'] or runs
+    found = {'training loss': [_smooth(run.log.loss) for run in logged]}
+    found |= {f'{TITLES[metric]} on the val set': [np.array(run.log.ap.get(metric, [])) for run in logged]
+              for metric in contents.metrics}
+    drawn = {title: each for title, each in found.items() if any(map(len, each))}
     if not drawn:
         return None
     figure = Figure(figsize=(WIDTH, 3.4 * len(drawn)), layout='constrained')
-    panels, looks = figure.subplots(len(drawn), squeeze=False, sharex=True), styles(contents)
-    for axes, (title, by_variant) in zip(panels.flat, drawn.items(), strict=True):
-        for number, (name, own) in enumerate(by_variant.items()):
-            if own:
-                _draw_curve(axes, own, looks[name], number / len(by_variant))
+    panels, looks, seen = figure.subplots(len(drawn), squeeze=False, sharex=True).flat, styles(contents), set()
+    for axes, (title, each) in zip(panels, drawn.items(), strict=True):
+        for number, (run, points) in enumerate(zip(logged, each, strict=True)):
+            if len(points):
+                seen.add(run.variant)
+                points = points[_spaced(len(points), POINTS)]
+                every = max(1, len(points) // 6)  # markers of different trainings are at different places
+                axes.plot(*points.T, **looks[run.variant], linewidth=1.1, markersize=5, markeredgecolor='white',
+                          markeredgewidth=0.5, markevery=(number * every // len(logged), every))
         axes.set_ylabel(title)
         _grid(axes)
     axes.set_xlabel('iteration')
-    _legend(figure, [Line2D([], [], **look, markersize=5, label=name) for name, look in looks.items()
-                     if any(by_variant[name] for by_variant in drawn.values())])
+    _legend(figure, [Line2D([], [], **look, markersize=5, label=name) for name, look in looks.items() if name in seen])
     return figure
 
 
-def _logged(contents: Contents, variant: str) -> list[RunResult]:
-    """The finished trainings, or all if there is none."""
-    runs = contents.runs_of(variant)
-    return [run for run in runs if run.status == 'finished'] or runs
-
-
-def _smooth(curve: Curve) -> Curve:
-    """The running mean over a part of the curve, without points that aren't finite."""
+def _smooth(curve: Curve) -> np.ndarray:
+    """The running mean over a fraction of the curve, (points, 2), without points that aren't finite."""
     points = np.array([point for point in curve if np.isfinite(point[1])])
-    if len(points) < 3:
-        return points.tolist()
-    half = max(1, round(SMOOTHING * len(points) / 2))
-    sums = np.concatenate([[0.], np.cumsum(points[:, 1])])
-    index = np.arange(len(points))
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(points))
-    return list(zip(points[:, 0].tolist(), ((sums[high] - sums[low]) / (high - low)).tolist(), strict=True))
-
-
-def mean_curve(curves_of_seeds: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Curves over the iterations that all of them have, each interpolated linearly.
-
-    Args:
-        curves_of_seeds: at least one, none of them empty.
-
-    Returns:
-        Iterations, mean, lowest and highest value there; at most ``POINTS`` of them.
-    """
-    first = max(curve[0][0] for curve in curves_of_seeds)
-    last = min(curve[-1][0] for curve in curves_of_seeds)
-    steps = np.unique([step for curve in curves_of_seeds for step, _ in curve if first <= step <= last])
-    steps = steps[_spaced(len(steps), POINTS)]
-    values = np.array([np.interp(steps, *np.array(curve).T) for curve in curves_of_seeds])
-    return steps, values.mean(0), values.min(0), values.max(0)
+    if len(points):
+        points[:, 1] = uniform_filter1d(points[:, 1], max(1, round(SMOOTHING * len(points))))
+    return points
 
 
 def _spaced(count: int, most: int) -> np.ndarray:
     """Indices, all of them or ``most`` that are evenly spaced from the first to the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)) if count else np.zeros(0, int)
-
-
-def _draw_curve(axes: Axes, curves_of_seeds: Sequence[Curve], look: dict[str, Any], offset: float) -> None:
-    """``offset``: from 0 to 1, so that variants have their markers at different places."""
-    steps, mean, low, high = mean_curve(curves_of_seeds)
-    every = max(1, len(steps) // 6)
-    axes.plot(steps, mean, **look, linewidth=1.3, markersize=5, markeredgecolor='white', markeredgewidth=0.5,
-              markevery=(int(offset * every), every))
-    if len(curves_of_seeds) > 1:
-        axes.fill_between(steps, low, high, color=look['color'], alpha=0.12, linewidth=0)
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def coefficients(contents: Contents) -> Figure | None:

@@ -80,7 +80,7 @@ def _pictures(comparison: Comparison, contents: Contents) -> Iterator[Picture]:
               'the fastest to the slowest round. The line joins what no other variant beats in both AP and cost.',
               pareto(contents, metric)) for metric in contents.metrics]
     drawn += [('curves', 'Course of the trainings',
-               'Mean over seeds in a band from the lowest to the highest; the loss is a running mean.',
+               'A line for each training; the loss is a running mean over 5 % of the training.',
                curves(contents)),
               ('coefficients', 'Coefficients of the replaced blocks',
                'A panel for each block, a line for each seed: a solid, b dashed.', coefficients(contents)),

@@ -14,7 +14,7 @@ from rl_mmdet.analysis.compare.coco_scores import Scores
 from rl_mmdet.analysis.compare.contents import FIELDS, Contents, RunResult, VariantResult
 from rl_mmdet.analysis.compare.costs import Cost
 from rl_mmdet.analysis.compare.differences import Difference, spread
-from rl_mmdet.analysis.compare.plots import coefficients, curves, mean_curve, pareto, pareto_front, styles
+from rl_mmdet.analysis.compare.plots import coefficients, curves, pareto, pareto_front, styles
 from rl_mmdet.analysis.compare.report import escape_markdown, write_report
 from rl_mmdet.analysis.compare.training_log import TrainingLog
 from rl_mmdet.analysis.training_run import TrainingCost
@@ -206,10 +206,7 @@ def test_styles_tell_ten_variants_apart_without_colours():
     assert len({(look['color'], look['linestyle']) for look in looks}) == 10
 
 
-def test_curves_draw_the_mean_of_finished_trainings_where_there_are_any():
-    steps, mean, low, high = mean_curve([[(1, 1.), (2, 2.), (3, 3.)], [(2, 4.), (3, 5.), (4, 6.)]])
-    assert [each.tolist() for each in (steps, mean, low, high)] == [[2, 3], [3, 4], [2, 3], [4, 5]]
-    assert all(len(each) == 0 for each in mean_curve([[(1, 1.)], [(2, 2.)]]))
+def test_curves_draw_finished_trainings_where_there_are_any():
     runs = [make_run('base', 0, loss=[(10, 2.), (20, 1.)], ap={'bbox': [(20, .5)]}),
             make_run('base', 1, None, 'failed', loss=[(10, 9.), (20, 9.)]),
             make_run('other', 0, None, 'unfinished', loss=[(10, 3.), (20, 3.)])]
