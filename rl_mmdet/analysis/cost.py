@@ -7,10 +7,27 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from ..replacement import computing_layers, set_step_
+
 
 def trainable_parameters(model: nn.Module) -> int:
     """Number of parameters that learn."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def mean_over_steps(model: nn.Module, measure: Callable[[], float]) -> float:
+    """The mean of what ``measure`` gives over the steps of a training.
+
+    With ``gradient=dict(every=k)`` replaced blocks learn in one of k steps, so it is measured in a step in which all
+    learn and, with the weight k - 1, in one in which none does.
+    """
+    every = max((layer.gradient.every for layer in computing_layers(model).values()), default=1)
+    set_step_(model, 0, staggered=False)
+    learning = measure()
+    if every == 1:
+        return learning
+    set_step_(model, 1, staggered=False)
+    return (learning + (every - 1) * measure()) / every
 
 
 def peak_memory(run: Callable[[], object], device: torch.device | str = 'cpu') -> int:

@@ -12,6 +12,8 @@ from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
 from mmdet.testing import demo_mm_inputs
 from torch import Tensor, nn
 
+from ..replacement import set_step_
+
 BOXES = 20
 """Objects per image: more than COCO's seven, because anchors fit fewer of them than a trained detector's proposals."""
 SGD = dict(lr=0., momentum=0.9, weight_decay=1e-4)
@@ -34,6 +36,7 @@ class TrainingStep:
         self.outputs = outputs
         self.amp = amp
         self.device = next(model.parameters()).device
+        self.steps = 0
         self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], **SGD)
         self.gradients: list[Tensor] | None = None
 
@@ -50,6 +53,9 @@ class TrainingStep:
         torch.autograd.backward(outputs, self.gradients)
 
     def __call__(self) -> None:
+        """The next step of a training: replaced blocks take turns in learning."""
+        set_step_(self.model, self.steps)
+        self.steps += 1
         self.forward_backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

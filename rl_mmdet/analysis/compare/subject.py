@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ...engine import UserError, build_model, check_checkpoint, read_checkpoint, take_found_
 from ...engine.search import searched_module
 from ...models.layouts import state_dict_of
-from ...replacement import materialize
+from ...replacement import materialize, set_step_
 from ...replacement.flops import count_flops
 from ...replacement.saved_bytes import saved_bytes
-from ..cost import peak_memory, trainable_parameters
+from ..cost import mean_over_steps, peak_memory, trainable_parameters
 
 PEAK_OF = {'cuda': "torch's CUDA allocator", 'cpu': "torch's CPU allocator"}
 WORKERS = ('prefetch_factor', 'timeout', 'multiprocessing_context')
@@ -45,6 +45,7 @@ class Subject:
         self.model = _build(cfg, checkpoint, allow_pickle).to(self.device)
         self.loaded = [buffer.clone() for buffer in self.model.buffers()]
         self.optim = self._build_optim(cfg)
+        self.steps = 0
         self.training_batch = loaders.first_batch(cfg, 'train')
         self.image = loaders.first_batch(cfg, 'val', batch_size=1, batch_sampler=None)
         self.augments = bool(getattr(self.model.data_preprocessor, 'batch_augments', None))
@@ -64,7 +65,12 @@ class Subject:
         return copy.deepcopy(self.training_batch) if self.augments else self.training_batch
 
     def step(self) -> dict[str, Tensor]:
-        """One training step, the same work and the same losses at every call."""
+        """The next training step, with the same batch at every call; replaced blocks take turns in learning."""
+        set_step_(self.model, self.steps)
+        self.steps += 1
+        return self._step()
+
+    def _step(self) -> dict[str, Tensor]:
         set_random_seed(0)
         return self.model.train_step(self._batch(), self.optim)
 
@@ -78,6 +84,8 @@ class Subject:
         """What doesn't depend on the machine's speed, by the fields of :class:`Cost`."""
         self.model.train()
         self._make_first_steps()
+        step_flops = mean_over_steps(self.model, lambda: count_flops(self._step))
+        set_step_(self.model, 0)  # each block's memory is the same in all steps but one
         inputs = self.model.data_preprocessor(self._batch(), True)['inputs']
         states = self.optim.optimizer.state.values()
         return dict(
@@ -86,9 +94,9 @@ class Subject:
             optimizer_bytes=sum(value.nbytes for state in states for value in state.values()
                                 if isinstance(value, Tensor)),
             forward_flops=count_flops(self.forward),
-            step_flops=count_flops(self.step),
+            step_flops=step_flops,
             saved_bytes=saved_bytes(self.model, self.forward),
-            peak_bytes=peak_memory(self.step, self.device),
+            peak_bytes=peak_memory(self._step, self.device),
             peak_of=PEAK_OF[self.device.type],
             batch=len(inputs),
             image_size=tuple(inputs.shape[-2:]))
