@@ -410,7 +410,7 @@ def page(results: dict) -> str:
              'float32. All variants are about the same blocks, those that `EveryKth` replaces, and have the same '
              'weights.', '',
              'Replaced blocks learn in one of eight steps unless their name says otherwise: FLOPs and calls are the '
-             'mean over eight steps, saved bytes and peak those of a step in which one block learns, times of eight steps. '
+             'mean over eight steps, saved bytes and peak are of a step in which one block learns, times of eight. '
              'Calls are tensor operations that compute something; on a GPU each is at least one kernel.', '',
              'FLOPs by torch.utils.flop_counter with corrected formulas (`rl_mmdet.analysis.count_flops`). Saved bytes '
              'are those of distinct storages kept for backward, without parameters and buffers. Peak memory is what a '
