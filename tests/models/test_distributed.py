@@ -96,7 +96,7 @@ def work(rank: int, world: int, folder: Path) -> None:
     """One process: train every run under DDP, recalibrate, and leave the states in ``folder``."""
     torch.set_num_threads(1)
     distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
-                                   world_size=world, timeout=timedelta(seconds=60))
+                                   world_size=world, timeout=timedelta(seconds=300))
     states = {}
     for name, settings in RUNS.items():
         # mmdet's blocks checkpoint by reentrant backward passes; a coupled neighbour takes part in several,
@@ -120,7 +120,7 @@ def states(tmp_path_factory) -> list[dict]:
                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(WORLD)]
     try:
-        logs = [process.communicate(timeout=120)[0] for process in processes]
+        logs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
