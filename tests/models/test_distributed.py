@@ -42,7 +42,7 @@ RUNS = {
     'resnet_coupled_with_cp': dict(backbone='resnet', mode='coupled', with_cp=True),
     'resnet_detached_folded': dict(backbone='resnet', mode='detached', fold_norm=True),
     'resnet_coupled_DepthwiseBlock': dict(backbone='resnet', mode='coupled', operator='DepthwiseBlock'),
-    'resnet_detached_PooledBlock': dict(backbone='resnet', mode='detached', operator='PooledBlock'),
+    'resnet_detached_SlimBlock': dict(backbone='resnet', mode='detached', operator='SlimBlock'),
     'resnet_detached_Skip': dict(backbone='resnet', mode='detached', operator='Skip'),
     'swin_coupled': dict(backbone='swin', mode='coupled'),
     'vit_detached': dict(backbone='vit', mode='detached'),
@@ -55,7 +55,7 @@ RUNS = {
 def build(backbone: str, mode: str, operator: str = 'FullBlock', **more: Any) -> nn.Module:
     """A small backbone with some replaced blocks, in training and in float64."""
     torch.manual_seed(0)
-    replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type=operator), gradient=dict(mode=mode))
+    replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type=operator), gradient=dict(mode=mode, every=1))
     model = MODELS.build(copy.deepcopy(dict(BACKBONES[backbone], replacement=replacement, **more)))
     model.train()
     return model.double()
