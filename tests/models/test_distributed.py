@@ -42,7 +42,7 @@ RUNS = {
     'resnet_coupled_with_cp': dict(backbone='resnet', mode='coupled', with_cp=True),
     'resnet_detached_folded': dict(backbone='resnet', mode='detached', fold_norm=True),
     'resnet_coupled_DepthwiseBlock': dict(backbone='resnet', mode='coupled', operator='DepthwiseBlock'),
-    'resnet_detached_SlimBlock': dict(backbone='resnet', mode='detached', operator='SlimBlock'),
+    'resnet_detached_DepthwiseBlock': dict(backbone='resnet', mode='detached', operator='DepthwiseBlock'),
     'resnet_detached_Skip': dict(backbone='resnet', mode='detached', operator='Skip'),
     'swin_coupled': dict(backbone='swin', mode='coupled'),
     'vit_detached': dict(backbone='vit', mode='detached'),
