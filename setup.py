@@ -67,7 +67,7 @@ setup(
         'rich',
         'safetensors',
         'scikit-learn',
-        'scipy',
+        'scipy>=1.11',
         'timm>=1.0',
         'torch>=2.1',
         'torchvision',

@@ -20,7 +20,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from rl_mmdet.analysis import count_flops, ratios_to, saved_bytes, seconds_in_turn
-from rl_mmdet.policy import begin_search
+from rl_mmdet.search import begin_search
 
 OUT = Path(__file__).resolve().parents[1] / 'docs/results/search_cost.md'
 STEPS = 1_000_000

@@ -4,7 +4,7 @@ from ._dependencies import check_dependencies
 
 check_dependencies()
 
-from . import datasets, engine, models, policy  # noqa: E402
+from . import datasets, engine, models, search  # noqa: E402
 from .version import __version__  # noqa: E402
 
-__all__ = ['__version__', 'datasets', 'engine', 'models', 'policy']
+__all__ = ['__version__', 'datasets', 'engine', 'models', 'search']

@@ -2,6 +2,7 @@
 custom_imports = dict(imports=['rl_mmdet'], allow_failed_imports=False)
 custom_hooks = [
     dict(type='RecalibrateNormsHook'),  # BatchNorm statistics of the new weights, before and after the search
+    dict(type='LearningStepsHook'),  # in which steps each replaced block learns
     dict(type='FiniteLossHook'),
     dict(type='SearchHook'),
 ]

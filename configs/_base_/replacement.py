@@ -2,5 +2,6 @@
 custom_imports = dict(imports=['rl_mmdet'], allow_failed_imports=False)
 custom_hooks = [
     dict(type='RecalibrateNormsHook'),  # BatchNorm statistics of the new weights, before the first step
+    dict(type='LearningStepsHook'),  # in which steps each replaced block learns
     dict(type='FiniteLossHook'),
 ]

@@ -8,7 +8,7 @@ from ..engine import UserError, read_checkpoint
 from ..engine.preflight import build_model
 from ..models.layouts import state_dict_of
 from ..replacement import ReplacementReport, adapt_state_dict, find_chains
-from ..replacement.report import WAYS, BlockRow, describe_blocks
+from ..replacement.report import BlockRow, describe_blocks
 
 
 def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool = False) -> Table:
@@ -57,12 +57,12 @@ def backbone_cfg(cfg: Config) -> dict:
 
 
 def _note(row: BlockRow) -> str:
-    if row.replaced:
-        return WAYS[row.way].removeprefix(', ')
+    """Why a block can't be replaced, if so."""
     return "can't be replaced: " + row.reason if row.reason else ''
 
 
 def _residuals(backbone: nn.Module, checkpoint: str, allow_pickle: bool) -> dict[str, float]:
+    """Each replaced block's fit residual by its name."""
     loaded = read_checkpoint(checkpoint, allow_pickle)
     tensors = state_dict_of(loaded, 'backbone') or state_dict_of(loaded)
     _, report = adapt_state_dict(backbone, tensors)

@@ -12,7 +12,7 @@ from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
 from mmdet.testing import demo_mm_inputs
 from torch import Tensor, nn
 
-from .zoo.batches import has_masks
+from ..replacement import set_step_
 
 BOXES = 20
 """Objects per image: more than COCO's seven, because anchors fit fewer of them than a trained detector's proposals."""
@@ -36,6 +36,7 @@ class TrainingStep:
         self.outputs = outputs
         self.amp = amp
         self.device = next(model.parameters()).device
+        self.steps = 0
         self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], **SGD)
         self.gradients: list[Tensor] | None = None
 
@@ -52,6 +53,9 @@ class TrainingStep:
         torch.autograd.backward(outputs, self.gradients)
 
     def __call__(self) -> None:
+        """The next step of a training: replaced blocks take turns in learning."""
+        set_step_(self.model, self.steps)
+        self.steps += 1
         self.forward_backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -91,7 +95,8 @@ def detector_step(detector: BaseDetector, size: tuple[int, int], batch: int = 1,
         detector: see :class:`TrainingStep`; it is changed.
         size, batch, amp: see :func:`backbone_step`.
     """
-    data = demo_mm_inputs(batch, [(3, *size)] * batch, [BOXES] * batch, with_mask=has_masks(detector))
+    masks = any('mask' in name for name, _ in detector.named_modules())
+    data = demo_mm_inputs(batch, [(3, *size)] * batch, [BOXES] * batch, with_mask=masks)
     for sample in data['data_samples']:
         sample.gt_instances.labels.zero_()
         sample.gt_instances.bboxes = _sound_boxes(sample.gt_instances.bboxes, size)

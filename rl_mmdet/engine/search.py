@@ -9,8 +9,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from torch import nn
 
-from ..policy import searched_setting
-from ..replacement.search_space import NAME
+from ..search import searched_setting
+from ..search.search_space import NAME
 from .checkpoint import read_checkpoint
 from .config import searches_of, set_unused_
 from .errors import UserError

@@ -1,16 +1,16 @@
 """Chains: the ordered blocks of one stage, who is kept, and who are a block's neighbours."""
 import re
-from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, Optional
 
-from torch import Tensor, nn
+from torch import nn
 
-from .resize import can_resize
+from .block_structure import all_parameters
+from .resize import Shape, can_resize
 
-Choice = Mapping[str, Collection[int]]
+Choice = dict[str, list[int]]
 """Block indices to replace, by chain name."""
 
 
@@ -28,8 +28,8 @@ class Place(NamedTuple):
         return self.chain.blocks[self.index]
 
 
-Sources = dict[str, tuple[Place | None, Place | None]]
-"""For every parameter name of a block: where the kept block before / after it stands whose tensor is used, if any."""
+Donors = dict[str, tuple[Place | None, Place | None]]
+"""For every tensor name of a block: where the kept blocks before and after it stand whose tensors are used, if any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class Chain:
         return not any(parameter.requires_grad for block in self.blocks for parameter in block.parameters())
 
     @cached_property
-    def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
+    def _shapes(self) -> list[dict[str, Shape]]:
         """Of every block's parameters, by name, as they were when first asked for: before any block is replaced."""
         return [{name: tuple(p.shape) for name, p in all_parameters(block)} for block in self.blocks]
 
@@ -85,7 +85,7 @@ class Chain:
         return [self.operator and self.operator.why_not(block) for block in self.blocks]
 
     @cached_property
-    def _needed(self) -> list[dict[str, tuple[int, ...]]]:
+    def _needed(self) -> list[dict[str, Shape]]:
         """The tensors that are to be made for each block, and their shapes; as it was when first asked for."""
         return [shapes if self.operator is None else self.operator.needs(block) if reason is None else {}
                 for block, shapes, reason in zip(self.blocks, self._shapes, self._refused, strict=True)]
@@ -105,8 +105,8 @@ class Chain:
         """
         return tuple(next(iter(side), None) for side in self._kept(index, choice or {}))
 
-    def sources(self, index: int, choice: Choice | None = None) -> Sources:
-        """Which kept blocks offer a tensor of the same name and shape for each tensor that block ``index`` needs.
+    def donors(self, index: int, choice: Choice | None = None) -> Donors:
+        """Which kept blocks give a tensor of the same name and shape for each tensor that block ``index`` needs.
 
         On either side it is the nearest kept block; where its tensor has another size, the nearest one of the
         chain that has the right size: blocks with global and with windowed attention have position tables of two
@@ -117,7 +117,7 @@ class Chain:
         return {name: (self._nearest(before, name, index), self._nearest(after, name, index))
                 for name in self._needed[index]}
 
-    def shapes_to_make(self, index: int) -> dict[str, tuple[int, ...]]:
+    def shapes_to_make(self, index: int) -> dict[str, Shape]:
         """The tensors that are to be made for block ``index``, by name."""
         return dict(self._needed[index])
 
@@ -131,8 +131,8 @@ class Chain:
         if beside == (None, None) or (None in beside and not self.adapt):
             where = 'model' if self.adapt else 'stage'
             return f'no kept block {"before" if beside[0] is None else "after"} it in its {where}'
-        sources = self.sources(index, choice)
-        for name, sides in sources.items():
+        donors = self.donors(index, choice)
+        for name, sides in donors.items():
             if sides == (None, None):
                 shape = self._shapes[index][name]
                 names = ' or '.join(place.name for place in beside if place is not None)
@@ -140,7 +140,7 @@ class Chain:
                     return f'no kept block has a tensor {name}, so {shape} can\'t be made (the nearest: {names})'
                 return f'{name} {shape} has no tensor of its shape in a kept block of its stage, such as {names}'
         for side, where in enumerate(('before', 'after')):
-            if sources and not self.adapt and all(sides[side] is None for sides in sources.values()):
+            if donors and not self.adapt and all(sides[side] is None for sides in donors.values()):
                 return f'no kept block {where} it has a tensor of its shapes'
         return None
 
@@ -179,11 +179,6 @@ def _children(container: nn.Module) -> tuple[list[str], list[nn.Module]]:
     return [key for key, _ in named], [child for _, child in named]
 
 
-def all_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter slot of ``module``, tied ones under each of their names."""
-    return module.named_parameters(remove_duplicate=False)
-
-
 def find_chains(model: nn.Module, adapt: bool = False, operator: Any = None) -> dict[str, Chain]:
     """Find the chains of ``model``: runs of residual units of one class that stand one after the other.
 
@@ -218,6 +213,20 @@ def find_chains(model: nn.Module, adapt: bool = False, operator: Any = None) -> 
         for chain, other in pairwise(chain for chain in chains.values() if type(chain.blocks[0]) is kind):
             chain.beside[1], other.beside[0] = other, chain
     return chains
+
+
+def as_blocks(choice: Choice) -> str:
+    """A choice as the setting that asks for just these blocks."""
+    return f"dict(type='Blocks', blocks={dict(choice)})"
+
+
+def describe_replaceable(chains: dict[str, Chain]) -> str:
+    """One phrase that names every block which can be replaced, for error messages."""
+    named = [f'{name}: {chain.replaceable()}' for name, chain in chains.items() if chain.replaceable()]
+    if named:
+        return 'blocks that can be replaced: ' + ', '.join(named)
+    reasons = dict.fromkeys(chain.why_not(len(chain) // 2) for chain in chains.values() if not chain.frozen)
+    return 'blocks that can be replaced: none' + (f' ({"; ".join(reasons)})' if reasons else '')
 
 
 def _runs(module: nn.Module) -> list[tuple[int, int]]:
@@ -262,5 +271,5 @@ def _share_a_weight_shape(block: nn.Module, other: nn.Module) -> bool:
     return bool(_weight_shapes(block).items() & _weight_shapes(other).items())
 
 
-def _weight_shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:
+def _weight_shapes(block: nn.Module) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in block.named_parameters() if parameter.ndim >= 2}

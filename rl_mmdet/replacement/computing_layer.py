@@ -1,18 +1,45 @@
 """The computing layer: the module that stands where a block was."""
-from collections.abc import Callable, Collection
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .chain import Chain, Choice, all_parameters
-from .fusions import Pair
-from .operators import FullBlock
-from .rebuild import Rebuilt
-from .recipe import recipe_of
-from .resize import resize
+from .block_structure import all_parameters
+from .chain import Chain, Choice
+from .fusions import Fusion, Pair
+from .gradient import Gradient, scaled_gradients, with_zero_gradients
+from .operators import Operator
+from .rebuild import can_be_made_again
+from .resize import Shape, resize
+
+
+class LayerSettings(NamedTuple):
+    """What all computing layers of a model have in common: with what, as what, and how they learn."""
+    fusion: Fusion
+    operator: Operator
+    gradient: Gradient
+
+
+@dataclass(frozen=True)
+class RemovedBlock:
+    """What is remembered of a block that was removed.
+
+    Args:
+        shapes: of all its tensors, by name.
+        learned: whether each of them learned.
+        unused_buffers: names of its buffers that the operator has no use for.
+        with_cp: whether it was checkpointed.
+    """
+    shapes: dict[str, Shape]
+    learned: dict[str, bool]
+    unused_buffers: frozenset[str]
+    with_cp: bool
 
 
 class ComputingLayer(nn.Module):
@@ -28,131 +55,101 @@ class ComputingLayer(nn.Module):
     Args:
         chain, index: the block to remove. It is taken over: its parameters are dropped.
         choice: all blocks that are replaced, by chain name.
-        block: a block to take over instead of the chain's, which stays; a copy of it.
-        fusion, operator, gradient: see their modules.
+        settings: fusion, operator and gradient.
+        copy_of_block: taken over in the place of the chain's block, which stays: it isn't decided yet which of the two
+            will.
+
+    Attributes:
+        template: what the operator runs: the removed block or something lighter; its parameters are all None.
+        kept: the kept blocks whose tensors are used, the neighbours first.
+        removed: what is remembered of the removed block.
+        made: shapes of the tensors that the fusion makes, by name.
+        turn: whether it learns in this step; None if nobody counts the steps. See :class:`~.gradient.Gradient`.
+        norm_stale: the weights are new, and BatchNorm's running statistics still the removed block's.
+        provisional: the block is still there, and this layer is a child of it.
 
     Sources: arXiv 2410.01239 (RL-v1), arXiv 2605.19533 (RL-v2, "computing layer").
     """
 
-    def __init__(self, chain: Chain, index: int, choice: Choice, *, fusion: Any, operator: Any,
-                 gradient: Any, block: nn.Module | None = None) -> None:
+    def __init__(self, chain: Chain, index: int, choice: Choice, settings: LayerSettings,
+                 copy_of_block: nn.Module | None = None) -> None:
         super().__init__()
-        block = chain.blocks[index] if block is None else block
-        self.fusion = fusion
-        self.operator = operator
-        self.gradient = gradient
-        self.shapes = {name: p.shape for name, p in all_parameters(block)}
-        """Of all tensors of the removed block."""
+        block = chain.blocks[index] if copy_of_block is None else copy_of_block
+        self.provisional = copy_of_block is not None
+        self.fusion, self.operator, self.gradient = settings
         self.made = chain.shapes_to_make(index)
-        """The tensors that the fusion makes, and their shapes."""
-        kept = self._find_sources(chain, index, choice)
-        self.learned = {name: p.requires_grad for name, p in all_parameters(block)}
-        self.dropped = set(dict(block.named_buffers()))
-        """Names of the removed block's buffers that the operator has no use for."""
-        self.with_cp = bool(getattr(block, 'with_cp', False))
-        self.checkpointed = self.with_cp or gradient.memory == 'recompute'
-        self.rebuilt: Rebuilt | None = None
-        """How the last output is made again, until the block after this one takes it; see :func:`~.rebuild.follow`."""
-        self.followed = False
-        self.recipe = recipe_of(block) if gradient.sample is not None and isinstance(operator, FullBlock) else None
-        """How the block is computed, where its gradient is sampled and it can be run as a whole."""
-        self.recipe_agrees: bool | None = None
-        self.has_rows = any(isinstance(module, nn.Conv2d) for module in block.modules())
-        self.warned = False
-        self.again: Callable[[Tensor], Tensor] | None = None
-        """What makes the last output again, left by a gradient that can."""
+        self.turn: bool | None = None
         self.norm_stale = True
-        """The weights are new and BatchNorm's running statistics still the removed block's."""
-        like = next(block.parameters())
-        self._own = operator.new_parameters(block)
-        learned = fusion.new_parameters(self.made, like.device, like.dtype) if self.made else {}
-        for name, parameter in (learned | self._own).items():
-            self.register_parameter(name, parameter)
-        self._own = {name: parameter.detach().clone() for name, parameter in self._own.items()}
-        if hasattr(block, 'with_cp'):
+        self._add_parameters(block)
+        buffers, with_cp = {name for name, _ in block.named_buffers()}, bool(getattr(block, 'with_cp', False))
+        if with_cp:
             block.with_cp = False  # done around the whole layer instead: the weights exist only while it runs
-        template = operator.template(block)
-        template.training = block.training
-        self.dropped -= set(dict(template.named_buffers()))
-        self.template_has_weights = any(True for _ in template.parameters())
-        _drop_parameters(block)
-        _drop_parameters(template)
-        # In a tuple these modules are no children of this one. The template's children and buffers *are*
-        # this layer's, in the same dicts, so that whoever swaps or moves them does it for both.
-        self._blocks = (template, *kept)
-        self._modules = template._modules
-        self._buffers = template._buffers
+        template = self.operator.template(block)
+        self.removed = RemovedBlock(
+            {name: tuple(p.shape) for name, p in all_parameters(block)},
+            {name: p.requires_grad for name, p in all_parameters(block)},
+            frozenset(buffers - {name for name, _ in template.named_buffers()}), with_cp)
+        _drop_parameters_(block)
+        _drop_parameters_(template)
+        # The template's children and buffers are this layer's, in the same dicts, so that whoever moves or exchanges
+        # them does it for both.
+        self._modules, self._buffers = template._modules, template._buffers
         self._non_persistent_buffers_set = template._non_persistent_buffers_set
         self.training = template.training
+        self._unowned: tuple[nn.Module, ...] = (template,)
+        self.take_from(chain, index, choice)
 
-    def _find_sources(self, chain: Chain, index: int, choice: Choice) -> list[nn.Module]:
-        """The kept blocks: the neighbours, then those further away that have a tensor of the right size."""
-        sources, neighbours = chain.sources(index, choice), chain.neighbours(index, choice)
-        used = [place for sides in (neighbours, *sources.values()) for place in sides if place is not None]
+    def _add_parameters(self, block: nn.Module) -> None:
+        like = next(block.parameters())
+        learned = self.fusion.new_parameters(self.made, like.device, like.dtype) if self.made else {}
+        for name, parameter in (learned | self.operator.new_parameters(block)).items():
+            self.register_parameter(name, parameter)
+
+    def take_from(self, chain: Chain, index: int, choice: Choice) -> None:
+        """Take the weights from the kept blocks that are nearest with this choice. Arguments as in the class."""
+        donors, neighbours = chain.donors(index, choice), chain.neighbours(index, choice)
+        used = [place for sides in (neighbours, *donors.values()) for place in sides if place is not None]
         places = list(dict.fromkeys(used))
-        self.sources = {name: tuple(None if place is None else places.index(place) for place in sides)
-                        for name, sides in sources.items()}
-        self._neighbours = tuple(None if place is None else places.index(place) for place in neighbours)
-        return [place.block for place in places]
-
-    def rebind(self, chain: Chain, index: int, choice: Choice) -> None:
-        """Take the weights from the kept blocks that are nearest with another choice. Arguments as in the class."""
-        self._blocks = (self.template, *self._find_sources(chain, index, choice))
+        self.donors = {name: tuple(None if place is None else places.index(place) for place in sides)
+                       for name, sides in donors.items()}
+        """For every tensor to make: which of the kept blocks before and after give it, counted as in ``kept``."""
+        # In a tuple these modules are no children of this one.
+        self._unowned = (self.template, *(place.block for place in places))
 
     @property
     def template(self) -> nn.Module:
-        """What the operator runs: the removed block or something lighter; its parameters are all None."""
-        return self._blocks[0]
-
-    @property
-    def before(self) -> nn.Module | None:
-        return None if self._neighbours[0] is None else self.kept[self._neighbours[0]]
-
-    @property
-    def after(self) -> nn.Module | None:
-        return None if self._neighbours[1] is None else self.kept[self._neighbours[1]]
+        return self._unowned[0]
 
     @property
     def kept(self) -> tuple[nn.Module, ...]:
-        """The kept blocks whose tensors are used; ``sources`` counts in them. The neighbours come first."""
-        return self._blocks[1:]
-
-    def pairs(self, names: Collection[str] | None = None) -> dict[str, Pair]:
-        """The two tensors of kept blocks, before and after, for every tensor to make or just those, in its shape."""
-        return {name: tuple(None if tensor is None else self.read(name, tensor) for tensor in pair)
-                for name, pair in self._sources().items() if names is None or name in names}
-
-    def _sources(self) -> dict[str, Pair]:
-        """As :meth:`pairs`, each in its own shape."""
-        return {name: tuple(None if i is None else _tensor(self.kept[i], name) for i in sides)
-                for name, sides in self.sources.items()}
+        return self._unowned[1:]
 
     def read(self, name: str, tensor: Tensor) -> Tensor:
         """What the operator needs of a tensor of this name, which is in the removed block's size or in another one."""
-        return self.operator.read(resize(name, tensor, self.shapes[name]), self.made[name])
+        return self.operator.read(resize(name, tensor, self.removed.shapes[name]), self.made[name])
 
-    def synthesise(self, detach: bool = False, parameters: dict[str, Tensor] | None = None,
-                   names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The tensors of the removed block that the operator needs, made by the fusion.
+    def pairs(self) -> dict[str, Pair]:
+        """The two tensors of kept blocks, before and after, for every tensor to make, in its shape."""
+        detach = self.gradient.mode == 'detached'
+
+        def tensor_of(donor: int | None, name: str) -> Tensor | None:
+            if donor is None:
+                return None
+            tensor = _tensor(self.kept[donor], name)
+            return self.read(name, tensor.detach() if detach else tensor)
+
+        return {name: tuple(tensor_of(donor, name) for donor in sides) for name, sides in self.donors.items()}
+
+    def weights(self, factor: int = 1) -> dict[str, Tensor]:
+        """All weights of the template, made by the fusion and the operator.
 
         Args:
-            detach: cut the neighbours off, so that only the fusion's parameters get gradient.
-            parameters: values for the fusion's parameters, in place of the layer's own.
-            names: of those to make, all by default.
+            factor: by what their gradient is multiplied; 0 makes them constants.
         """
-        pairs = self.pairs(names)
-        if detach:
-            pairs = {name: tuple(t if t is None else t.detach() for t in pair) for name, pair in pairs.items()}
-        return self.fusion.fuse(parameters or self._parameters, pairs, self.made) if pairs else {}
-
-    def weights(self, detach: bool = False, parameters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """All weights of what the operator runs, from the synthesised tensors. Arguments as there."""
-        return self.operator.weights(self.template, self.synthesise(detach, parameters),
-                                     parameters or self._parameters)
-
-    def start_of_operator(self) -> dict[str, Tensor]:
-        """The values from which the operator's own parameters start."""
-        return dict(self._own)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and factor > 0):
+            parameters = scaled_gradients(self._parameters, factor)
+            tensors = self.fusion.fuse(parameters, self.pairs()) if self.made else {}
+            return self.operator.weights(self.template, tensors, parameters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same inputs, outputs and shapes as the removed block."""
@@ -160,47 +157,45 @@ class ComputingLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The removed block's other ways forward, such as ``rfp_forward`` of DetectoRS, on the fused tensors."""
-        if 'forward' in name and '_blocks' in self.__dict__ and callable(getattr(type(self.template), name, None)):
+        if 'forward' in name and '_unowned' in self.__dict__ and callable(getattr(type(self.template), name, None)):
             return partial(self._run, name)
         return super().__getattr__(name)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.gradient.run(self, method, *args, **kwargs)
-        if self.checkpointed and not self.gradient.recomputes(self, method):
-            out = checkpoint(self.gradient.run, self, method, *args, use_reentrant=False, **kwargs)
+        factor = self.gradient.factor(self.turn, self.training)
+        if self.operator.repeatable:  # its weights are few, so they are made once and kept
+            run = partial(self.operator, self.template, self.weights(factor), method)
         else:
-            out = self.gradient.run(self, method, *args, **kwargs)
-        if self.followed and args and not torch.compiler.is_compiling():
-            again = self._again(method, args[1:], kwargs)
-            statistics = self.recipe.fixed_statistics(self.template) if self.recipe else []
-            self.rebuilt = again and Rebuilt(out, again, args[0], [*self.used_tensors(), *self._parameters.values(),
-                                                                   *statistics])
+            run = partial(self._make_weights_and_run, factor, method)
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        compiling = torch.compiler.is_compiling()  # then the compiler decides what is kept
+        if self.checkpointed and not compiling:
+            out = checkpoint(run, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+        else:
+            out = run(*args, **kwargs)
+        if factor == 0:
+            out = with_zero_gradients(out, self._parameters.values())
+        if self.output_made_again and not compiling and args and isinstance(out, Tensor):
+            can_be_made_again(out, partial(run, *args, **kwargs), args[0])
         return out
 
-    def _again(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
-        """What makes the output just made again, given the input; None if nothing can."""
-        again, self.again = self.again, None
-        if self.operator.repeatable:
-            return lambda inputs: self.gradient.run(self, method, inputs, *args, **kwargs)
-        return again
+    def _make_weights_and_run(self, factor: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self.operator(self.template, self.weights(factor), method, *args, **kwargs)
 
     @property
-    def way(self) -> str | None:
-        """How its gradient is sampled: ``'block'``, as a whole, ``'layers'``, layer by layer; None if it isn't."""
-        if self.gradient.sample is None or not self.template_has_weights:
-            return None
-        return 'layers' if self.recipe is None else 'block'
-
-    def used_tensors(self) -> list[Tensor]:
-        """The kept blocks' tensors that the layer's are made of."""
-        return [tensor for pair in self._sources().values() for tensor in pair if tensor is not None]
+    def checkpointed(self) -> bool:
+        """Whether it keeps nothing but its input for backward."""
+        return self.gradient.recompute is True or self.removed.with_cp
 
     @property
-    def rebuilds(self) -> bool:
-        """Whether the output is to be made again in backward instead of being kept, if a block follows in the chain."""
-        able = self.operator.repeatable or self.recipe is not None
-        return able and self.gradient.memory in ('rebuild', 'recompute')
+    def output_made_again(self) -> bool:
+        """Whether the block after it needn't keep its output."""
+        return self.operator.repeatable and self.gradient.recompute is not False
+
+    def _contexts(self) -> tuple[Any, Any]:
+        """What an activation checkpoint runs the layer in the first time, and when it is run again."""
+        return nullcontext(), _statistics_stay(self.template)
 
     def train(self, mode: bool = True) -> 'ComputingLayer':
         self.template.training = mode
@@ -211,7 +206,7 @@ class ComputingLayer(nn.Module):
         """What the operator runs, with plain weights. Takes the template over: the layer is spent afterwards.
 
         Raises:
-            ValueError: a synthesised tensor isn't finite.
+            ValueError: a made weight isn't finite.
         """
         tensors = self.weights()
         for name, tensor in tensors.items():
@@ -219,17 +214,45 @@ class ComputingLayer(nn.Module):
                 raise ValueError(f'the synthesised {name} has non-finite values')
         for name, tensor in tensors.items():
             owner, _, slot = name.rpartition('.')
-            parameter = nn.Parameter(tensor.clone(), requires_grad=self.learned.get(name, True))
+            parameter = nn.Parameter(tensor.clone(), requires_grad=self.removed.learned.get(name, True))
             module = self.template.get_submodule(owner)
             module._parameters[slot] = parameter
             for method in ('reset_parameters', '_load_from_state_dict'):
                 module.__dict__.pop(method, None)
         if hasattr(self.template, 'with_cp'):
-            self.template.with_cp = self.with_cp
+            self.template.with_cp = self.removed.with_cp
         return self.template
 
     def extra_repr(self) -> str:
         return f'for={type(self.template).__name__}, {self.fusion}, {self.operator}, {self.gradient}'
+
+
+def computing_layers(model: nn.Module) -> dict[str, ComputingLayer]:
+    """The computing layers of ``model`` by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ComputingLayer)}
+
+
+def set_step_(model: nn.Module, step: int, staggered: bool = True) -> None:
+    """Say which step of the training comes next, so that each replaced block knows whether it learns in it.
+
+    Block number j of n learns in the steps t with :math:`(t + ⌊jk/n⌋) \\bmod k = 0`, k being the gradient's ``every``.
+    A training that goes on at step t is then the same as one that was never interrupted.
+
+    Args:
+        model: with computing layers; call it before every step.
+        step: t, from 0 on.
+        staggered: blocks take turns. False lets all of them learn in the same steps: a model compiled as a whole then
+            has two graphs, one for each kind of step.
+    """
+    layers = computing_layers(model).values()
+    for number, layer in enumerate(layers):
+        every = layer.gradient.every
+        layer.turn = (step + (number * every // len(layers) if staggered else 0)) % every == 0
+
+
+def loads_its_own_way(module: nn.Module) -> bool:
+    """Whether the module's class has a loader that isn't torch's, as convolutions with weight standardisation have."""
+    return not type(module)._load_from_state_dict.__module__.startswith('torch.')
 
 
 def _tensor(block: nn.Module, name: str) -> Tensor:
@@ -238,7 +261,7 @@ def _tensor(block: nn.Module, name: str) -> Tensor:
     return getattr(block.get_submodule(owner), slot)
 
 
-def _drop_parameters(block: nn.Module) -> None:
+def _drop_parameters_(block: nn.Module) -> None:
     """Set every parameter slot to None, which initialisers, state dicts and ``parameters()`` all skip."""
     for name, _ in list(all_parameters(block)):
         owner, _, slot = name.rpartition('.')
@@ -249,10 +272,21 @@ def _drop_parameters(block: nn.Module) -> None:
             module._load_from_state_dict = partial(nn.Module._load_from_state_dict, module)
 
 
-def loads_its_own_way(module: nn.Module) -> bool:
-    """Whether the module's class has a loader that isn't torch's, as convolutions with weight standardisation have."""
-    return not type(module)._load_from_state_dict.__module__.startswith('torch.')
-
-
 def _nothing_to_reset() -> None:
     """In the place of a template's ``reset_parameters``."""
+
+
+@contextmanager
+def _statistics_stay(template: nn.Module) -> Iterator[None]:
+    """While a checkpoint runs a block again, BatchNorm's running statistics stay as the first run has left them."""
+    norms = [module for module in template.modules() if isinstance(module, _BatchNorm) and module.training
+             and module.track_running_stats]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.
+    try:
+        yield
+    finally:
+        for norm, momentum, tracked in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(tracked)

@@ -1,6 +1,6 @@
-"""Where plans, fusions and operators are named, and how a config becomes one of them."""
+"""Where plans, fusions and operators are named, and how a setting of a config becomes one of them."""
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmengine.registry import Registry
@@ -8,23 +8,23 @@ from mmengine.registry import Registry
 PLANS = Registry('plan', scope='rl_mmdet')
 FUSIONS = Registry('fusion', scope='rl_mmdet')
 OPERATORS = Registry('operator', scope='rl_mmdet')
-TRANSFERS = Registry('transfer', scope='rl_mmdet')
 
 
-def build_part(registry: Registry, cfg: Any, default: str) -> Any:
-    """Build one part of a replacement config, with errors that name the setting and what is allowed.
+def build_setting(registry: Registry, cfg: Any, default: str, setting: str = '') -> Any:
+    """Build one setting of a config, with errors that name the setting and what is allowed.
 
     Args:
-        registry: ``PLANS``, ``FUSIONS`` or ``OPERATORS``.
+        registry: of the classes that are allowed.
         cfg: ``dict(type=NAME, **arguments)``, an object that is ready (returned as it is), or None for the
             default.
         default: the type to use when ``cfg`` is None or names none.
+        setting: how messages call it; ``replacement.`` and the registry's name by default.
 
     Raises:
         TypeError: ``cfg`` is neither a dict nor an object of a registered class.
         ValueError: unknown type, unknown or missing argument, or a value that the class refuses.
     """
-    setting = registry.name if registry is TRANSFERS else f'replacement.{registry.name}'
+    setting = setting or f'replacement.{registry.name}'
     classes = registry.module_dict
     if cfg is None:
         cfg = {}
@@ -37,11 +37,11 @@ def build_part(registry: Registry, cfg: Any, default: str) -> Any:
     cls = name if name in classes.values() else classes.get(name)
     if cls is None:
         raise ValueError(f'{setting}: unknown type {name!r}; allowed: {", ".join(sorted(classes))}')
-    return build_with(cls, arguments, setting)
+    return call_checked(cls, arguments, setting)
 
 
-def build_with(cls: type, arguments: dict, setting: str) -> Any:
-    """Call ``cls(**arguments)`` after checking the arguments' names against its signature."""
+def call_checked(cls: Callable, arguments: dict, setting: str) -> Any:
+    """Call ``cls(**arguments)`` after checking the arguments' names against its signature. Errors as above."""
     allowed = list(inspect.signature(cls).parameters.values())
     names = [parameter.name for parameter in allowed]
     for key in arguments:

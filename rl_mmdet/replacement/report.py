@@ -4,11 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .chain import Chain
-from .plans import as_blocks
-
-WAYS = {None: '', 'block': ', sampled', 'layers': ', sampled layer by layer'}
-"""What a replaced block's way to its gradient is called."""
+from .chain import Chain, Choice, as_blocks
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,6 @@ class BlockRow:
         reason: why it can't be replaced, None if it can.
         learnable: number of parameters of the computing layer that stands there.
         open: whether a search decides if it is replaced.
-        way: how its gradient is sampled: ``'block'``, as a whole, or ``'layers'``, layer by layer; None if it isn't.
     """
     chain: str
     index: int
@@ -39,7 +34,6 @@ class BlockRow:
     others: tuple[str, ...] = ()
     reason: str | None = None
     learnable: int = 0
-    way: str | None = None
     open: bool = False
 
 
@@ -55,9 +49,9 @@ class ReplacementReport:
     settings: dict[str, str] = field(default_factory=dict)
 
     @property
-    def replaced(self) -> dict[str, list[int]]:
+    def replaced(self) -> Choice:
         """The choice, as the ``Blocks`` plan takes it."""
-        choice: dict[str, list[int]] = {}
+        choice: Choice = {}
         for row in self.rows:
             if row.replaced:
                 choice.setdefault(row.chain, []).append(row.index)
@@ -100,11 +94,11 @@ def _describe(row: BlockRow) -> str:
     if row.replaced:
         others = f'; tensors of another size there from {" and ".join(row.others)}' if row.others else ''
         neighbours = ' and '.join(name for name in (row.before, row.after) if name is not None)
-        return f'replaced, from {neighbours}{others}; learns {row.learnable:,}{WAYS[row.way]}'
+        return f'replaced, from {neighbours}{others}; learns {row.learnable:,}'
     return 'kept' if row.reason is None else f'kept, can\'t be replaced: {row.reason}'
 
 
-def describe_blocks(chains: dict[str, Chain], choice: dict[str, list[int]]) -> tuple[BlockRow, ...]:
+def describe_blocks(chains: Mapping[str, Chain], choice: Choice) -> tuple[BlockRow, ...]:
     """The rows of a report for ``choice``, taken before any block is touched."""
     rows = []
     for name, chain in chains.items():
@@ -114,17 +108,17 @@ def describe_blocks(chains: dict[str, Chain], choice: dict[str, list[int]]) -> t
                        parameters=_count(block), reason=chain.why_not(index))
             if index in chosen:
                 before, after = chain.neighbours(index, choice)
-                used = dict.fromkeys(p for sides in chain.sources(index, choice).values() for p in sides if p)
+                used = dict.fromkeys(p for sides in chain.donors(index, choice).values() for p in sides if p)
                 row.update(replaced=True, before=before and before.name, after=after and after.name,
                            others=tuple(place.name for place in used if place not in (before, after)))
             rows.append(BlockRow(**row))
     return tuple(rows)
 
 
-def with_layers(rows: Iterable[BlockRow], layers: Mapping[str, nn.Module]) -> tuple[BlockRow, ...]:
-    """The rows with what the computing layers, by name, learn and how."""
-    return tuple(replace(row, learnable=sum(p.numel() for p in layers[row.name].parameters(recurse=False)),
-                         way=layers[row.name].way) if row.name in layers else row for row in rows)
+def with_layers(rows: Iterable[BlockRow], stands: Mapping[str, nn.Module]) -> tuple[BlockRow, ...]:
+    """The rows with what each module that now stands in the place of a block, by name, learns."""
+    return tuple(replace(row, learnable=sum(p.numel() for p in stands[row.name].parameters() if p.requires_grad))
+                 if row.name in stands else row for row in rows)
 
 
 def _count(block: nn.Module) -> int:

@@ -5,8 +5,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .computing_layer import ComputingLayer
-from .rebuild import rebuilt_input
+from .computing_layer import computing_layers
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], object], checkpointed: Iterable[nn.Module] = ()) -> int:
@@ -30,11 +29,9 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object], checkpointed: I
         return saved
 
     def count_input(module: nn.Module, inputs: tuple) -> None:
-        if rebuilt_input(inputs[0]) is None:
-            inputs_of_layers.append(pack(inputs[0]))
+        inputs_of_layers.append(pack(inputs[0]))
 
-    layers = [layer for layer in model.modules() if isinstance(layer, ComputingLayer)
-              and (layer.checkpointed or layer.followed)]
+    layers = [layer for layer in computing_layers(model).values() if layer.checkpointed or layer.output_made_again]
     hooks = [module.register_forward_pre_hook(count_input) for module in [*layers, *checkpointed]]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         outputs = forward()  # kept until all is counted

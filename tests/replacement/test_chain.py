@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from rl_mmdet.replacement import Chain, find_chains
-from rl_mmdet.replacement.chain import Place
+from rl_mmdet.replacement import find_chains
+from rl_mmdet.replacement.chain import Chain, Place
 
 
 def test_find_chains_two_stages(toy_net):

@@ -11,15 +11,8 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 import rl_mmdet.models  # noqa: F401  registers the RL backbones
-from rl_mmdet.replacement import (
-    OwnWeights,
-    SharedWeights,
-    StochasticDepth,
-    adapt_state_dict,
-    computing_layers,
-    materialize,
-    replace_blocks_,
-)
+from rl_mmdet.replacement import StochasticDepth, adapt_state_dict, computing_layers, materialize, replace_blocks_
+from rl_mmdet.replacement.fusions import OwnWeights, SharedWeights
 
 BLOCKS = {'layer1': [1], 'layer2': [2, 3]}
 REPLACED = ('layer1.1', 'layer2.2', 'layer2.3')

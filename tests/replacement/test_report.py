@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from rl_mmdet.replacement import Blocks, replace_blocks_
+from rl_mmdet.replacement import replace_blocks_
+from rl_mmdet.replacement.plans import Blocks
 
 
 @pytest.fixture

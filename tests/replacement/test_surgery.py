@@ -7,16 +7,11 @@ import torch
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from rl_mmdet.replacement import (
-    Blocks,
-    EveryKth,
-    FullBlock,
-    Gradient,
-    ScalarFusion,
-    computing_layers,
-    materialize,
-    replace_blocks_,
-)
+from rl_mmdet.replacement import computing_layers, materialize, replace_blocks_
+from rl_mmdet.replacement.fusions import ScalarFusion
+from rl_mmdet.replacement.gradient import Gradient
+from rl_mmdet.replacement.operators import FullBlock
+from rl_mmdet.replacement.plans import Blocks, EveryKth
 
 PLAN = dict(type='Blocks', blocks={'layer1': [1], 'layer2': [2, 3]})
 

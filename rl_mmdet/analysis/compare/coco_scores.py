@@ -8,9 +8,10 @@ from math import isfinite
 from pathlib import Path
 
 import numpy as np
-from mmdet.datasets.api_wrappers import COCO, COCOeval
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from ...engine import written_whole
+from ...engine.files import written_whole
 
 METRICS = ('bbox', 'segm')
 MAX_DETECTIONS = (100, 300, 1000)  # per image and class; AP is at the first, AP50 and all others at the last
@@ -18,15 +19,12 @@ MAX_DETECTIONS = (100, 300, 1000)  # per image and class; AP is at the first, AP
 
 @dataclass(frozen=True)
 class Scores:
-    """Average precisions as MMDetection's ``CocoMetric`` defines them, unrounded.
+    """Average precisions as MMDetection's ``CocoMetric`` defines them, from 0 to 1, unrounded.
 
     Args:
-        ap: mean over classes and IoU thresholds 0.5, 0.55, ..., 0.95, from 0 to 1; None without any object.
-        ap50: at IoU threshold 0.5.
-        ap75: at IoU threshold 0.75.
-        ap_small: of objects below 32² pixels; None where there is no such object.
-        ap_medium: of objects from 32² to 96² pixels; None where there is no such object.
-        ap_large: of objects above 96² pixels; None where there is no such object.
+        ap: mean over classes and IoU thresholds 0.5, 0.55, ..., 0.95; None without any object.
+        ap50, ap75: at IoU threshold 0.5 and 0.75.
+        ap_small, ap_medium, ap_large: of objects below 32² pixels, up to 96² and above; None without such objects.
         per_class: AP by class name, None for a class without objects.
         notes: what a reader of the numbers should know.
     """
@@ -88,15 +86,13 @@ def score_detections(annotations: Path, detections: Path, metric: str,
         The average precisions, and the matches behind AP.
 
     Raises:
-        ValueError: for another metric, a class or an image that the annotations don't have, or detections without
-            masks where the metric is 'segm'.
+        ValueError: for a class or an image that the annotations don't have, or detections without masks where the
+            metric is 'segm'.
     """
-    if metric not in METRICS:
-        raise ValueError(f'metric must be one of {METRICS}, got {metric!r}')
     with redirect_stdout(StringIO()):  # pycocotools prints
         coco = COCO(str(annotations))
         categories = _category_ids(coco, classes)
-        entries, notes = _read_detections(Path(detections), metric, set(coco.get_img_ids()))
+        entries, notes = _read_detections(detections, metric, set(coco.getImgIds()))
         evaluation = _evaluate(coco, entries, metric, list(categories.values()))
     return _scores(evaluation, categories, notes), _matches(evaluation, categories)
 
@@ -121,8 +117,7 @@ def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[di
                          f'{min(strangers)}; dump them again on the images of the annotations')
     if metric == 'segm':
         if not all('segmentation' in entry for entry in entries):
-            raise ValueError(f"metric 'segm' needs detections with a segmentation, {path} has some without; "
-                             "give the file that ends in .segm.json, or use the metric 'bbox'")
+            raise ValueError(f"metric 'segm' needs detections with a segmentation, {path} has some without")
         for entry in entries:
             entry.pop('bbox', None)  # else the box's area counts as the object's size
     finite = [entry for entry in entries if all(map(isfinite, (entry['score'], *entry.get('bbox', ()))))]
@@ -136,21 +131,21 @@ def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[di
 
 
 def _evaluate(coco: COCO, entries: list[dict], metric: str, categories: list[int]) -> COCOeval:
-    evaluation = COCOeval(coco, coco.loadRes(entries) if entries else _nothing_found(coco), metric)
+    """The evaluation with all its results."""
+    if entries:
+        found = coco.loadRes(entries)
+    else:  # which loadRes refuses
+        found = COCO()
+        found.dataset = dict(coco.dataset, annotations=[])
+        found.createIndex()
+    evaluation = COCOeval(coco, found, metric)
     evaluation.params.catIds = categories
-    evaluation.params.imgIds = coco.get_img_ids()
+    evaluation.params.imgIds = coco.getImgIds()
     evaluation.params.maxDets = list(MAX_DETECTIONS)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation
-
-
-def _nothing_found(coco: COCO) -> COCO:
-    found = COCO()
-    found.dataset = dict(images=coco.dataset['images'], categories=coco.dataset['categories'], annotations=[])
-    found.createIndex()
-    return found
 
 
 def _scores(evaluation: COCOeval, categories: dict[str, int], notes: tuple[str, ...]) -> Scores:

@@ -1,7 +1,8 @@
 """MMEngine hooks that training with Replacement Learning needs."""
 from .finite_loss import FiniteLossHook
+from .learning_steps import LearningStepsHook
 from .log_coefficients import LogCoefficientsHook
 from .recalibrate_norms import RecalibrateNormsHook
 from .search import SearchHook
 
-__all__ = ['FiniteLossHook', 'LogCoefficientsHook', 'RecalibrateNormsHook', 'SearchHook']
+__all__ = ['FiniteLossHook', 'LearningStepsHook', 'LogCoefficientsHook', 'RecalibrateNormsHook', 'SearchHook']

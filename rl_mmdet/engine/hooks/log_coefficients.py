@@ -1,4 +1,4 @@
-"""How the coefficients of the replaced blocks develop, in the log of the training."""
+"""The coefficients of the replaced blocks in the training's log."""
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -11,12 +11,11 @@ from ..detectors import plain_model
 class LogCoefficientsHook(Hook):
     """Write every replaced block's (a, b) to the visualisation backends, as ``replacement/<block>/a`` and ``.../b``.
 
-    With MMDetection's default backend they are lines of their own in ``vis_data/scalars.json``, and TensorBoard and
-    others draw them as curves. Where a fusion has more than one pair, the mean over the pairs is written; a block
-    without such coefficients is left out.
+    MMDetection's default backend appends them to ``vis_data/scalars.json``; TensorBoard and others draw curves. Where a
+    fusion has several pairs, their mean is written. A block without such coefficients is left out.
 
     Args:
-        interval: iterations between two lines; the start and the last iteration are written as well.
+        interval: iterations between two entries; the start and the last iteration are always written.
 
     Raises:
         ValueError: ``interval`` below 1.

@@ -10,8 +10,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-from ...policy import BlockSearch, LearnedPlan, TensorSearch, begin_search, searched_setting
 from ...replacement import computing_layers
+from ...search import BlockSearch, LearnedPlan, TensorSearch, begin_search, searched_setting
 from ..config import set_unused_
 from ..detectors import plain_model
 from ..errors import UserError
@@ -24,8 +24,8 @@ from .recalibrate_norms import RecalibrateNormsHook
 class SearchHook(Hook):
     """Search in the first part of a run, then turn the model into the ordinary one with what was found.
 
-    For ``plan=dict(type='LearnedPlan', ...)`` (:class:`rl_mmdet.policy.LearnedPlan`) and
-    ``transfer=dict(type='SWR', ...)`` (:mod:`rl_mmdet.policy.transfers`); idle without them. When the search ends, the
+    For ``plan=dict(type='LearnedPlan', ...)`` (:class:`rl_mmdet.search.LearnedPlan`) and
+    ``transfer=dict(type='SWR', ...)`` (:mod:`rl_mmdet.search.transfers`); idle without them. When the search ends, the
     choice is logged and saved as an ordinary config, ``<config>_found.py`` in the work dir; model, EMA and optimizer go
     on with the weights and states they have, and BatchNorm in eval mode gets statistics for weights that are new.
     Checkpoints have the search's state while it goes on, and what it has found afterwards.

@@ -1,0 +1,50 @@
+"""The blocks left out: the yardstick of what replacing can save."""
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..block_structure import mlp
+from ..registry import OPERATORS
+from ..resize import Shape
+from .light_operator import LightOperator, misfit_of_convolutions
+
+
+@OPERATORS.register_module()
+class Skip(LightOperator):
+    r"""Nothing: :math:`h_{out} = h_{in}`. The yardstick: what removing the blocks would save, and what it costs in AP.
+
+    It needs no tensors, learns nothing and saves nothing, so the fusion has no part in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def needs(self, block: nn.Module) -> dict[str, Shape]:
+        return {}
+
+    def template(self, block: nn.Module) -> nn.Module:
+        return Nothing()
+
+    def new_parameters(self, block: nn.Module) -> dict[str, nn.Parameter]:
+        return {}
+
+    def start(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    def weights(self, template: nn.Module, tensors: dict[str, Tensor],
+                parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    def misfit(self, block: nn.Module) -> str | None:
+        return misfit_of_convolutions(block) if mlp(block) is None else None
+
+    def __repr__(self) -> str:
+        return 'Skip()'
+
+
+class Nothing(nn.Module):
+    """Gives its input back, whatever else it was given."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x

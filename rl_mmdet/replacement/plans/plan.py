@@ -1,0 +1,71 @@
+"""What all plans share: they choose blocks, and replace them."""
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..chain import Chain, Choice, as_blocks
+from ..computing_layer import LayerSettings
+from ..report import ReplacementReport
+from ..surgery import check_choice, replace_chosen_
+
+
+class Plan:
+    """Chooses blocks, and shows what it has chosen last.
+
+    Attributes:
+        chosen: the last choice, None before the first.
+    """
+    chosen: Choice | None = None
+
+    def choose(self, chains: Mapping[str, Chain], model: nn.Module | None = None,
+               settings: LayerSettings | None = None) -> Choice:
+        """Which blocks to replace. Nothing is changed, neither ``chains`` nor ``model``.
+
+        Args:
+            chains: of the model, before any block is replaced.
+            model: for plans that measure it.
+            settings: for plans that try a replacement: the fusion, operator and gradient to try it with.
+
+        Returns:
+            Block indices by chain name, in order; every chain is named.
+
+        Raises:
+            ValueError: the plan doesn't fit the model.
+        """
+        self.chosen = self._choose(chains, model, settings)
+        return {name: list(indices) for name, indices in self.chosen.items()}
+
+    def carry_out_(self, model: nn.Module, chains: Mapping[str, Chain], settings: LayerSettings) -> ReplacementReport:
+        """Replace blocks of ``model`` in place; here those that are chosen now.
+
+        Raises:
+            ValueError: the plan doesn't fit the model, which is then untouched.
+        """
+        try:
+            choice = self.choose(chains, model, settings)
+            check_choice(chains, choice, self)
+        except ValueError as error:
+            said = str(error)  # a plan that tries a replacement may have met an error of another setting
+            raise ValueError(said if said.startswith('replacement.') else f'replacement.plan: {said}') from None
+        return replace_chosen_(model, chains, choice, settings)
+
+    def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
+        """The choice; see :meth:`choose`."""
+        raise NotImplementedError
+
+    def _arguments(self) -> str:
+        """The plan's arguments, as in a call."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        blocks = {name: indices for name, indices in (self.chosen or {}).items() if indices}
+        return f'{type(self).__name__}({self._arguments()})' + (f': {as_blocks(blocks)}' if blocks else '')
+
+
+def add_(choice: Choice, chains: Mapping[str, Chain], name: str, index: int) -> bool:
+    """Add a block to a valid choice, unless it is there or would make the choice invalid; returns whether it did."""
+    tried = choice | {name: sorted([*choice[name], index])}
+    if index in choice[name] or any(chains[chain].why_not(block, tried) for chain in tried for block in tried[chain]):
+        return False
+    choice[name] = tried[name]
+    return True

@@ -1,0 +1,183 @@
+"""A baseline checkpoint into a replaced model: the removed blocks' weights become the fusions' starting values."""
+import copy
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..computing_layer import ComputingLayer, computing_layers, loads_its_own_way
+from ..fusions import Fit, Pair
+from ..resize import Shape
+
+logger = logging.getLogger('rl_mmdet')
+
+
+@dataclass
+class LoadReport:
+    """What each tensor of a checkpoint was used for.
+
+    Args:
+        loaded: keys that are taken as they are.
+        fits: by computing layer, what the removed block's weights gave.
+        missing: keys the model needs and the checkpoint lacks.
+        left_over: keys of the checkpoint that nothing in the model takes.
+        mismatched: by key, the shape in the checkpoint and the shape in the model.
+    """
+    loaded: list[str] = field(default_factory=list)
+    fits: dict[str, Fit] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Four lines: loaded, used for initialisation, missing, left over."""
+        fits = ', '.join(name + (f' (a, b) = {_numbers(fit.parameters)}' if fit.parameters else '')
+                         for name, fit in self.fits.items())
+        left = self.left_over + [f'{key} {old} instead of {new}' for key, (old, new) in self.mismatched.items()]
+        return '\n'.join([
+            f'loaded: {len(self.loaded)} tensors',
+            f'used for initialisation: {len(self.fits)} removed blocks' + (f': {fits}' if fits else ''),
+            f'missing: {_first(self.missing)}',
+            f'left over: {_first(left)}'])
+
+
+def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str = '') -> tuple[dict, LoadReport]:
+    """Translate a baseline's state dict for a replaced model.
+
+    The weights of a removed block leave the state dict; in their place come the starting values of its computing
+    layer's parameters, fitted by the fusion. A state dict of the replaced model itself passes unchanged.
+
+    Args:
+        model: a model with or without computing layers.
+        state_dict: tensors by key; not changed.
+        prefix: what the model's keys begin with in ``state_dict``.
+
+    Returns:
+        The translated state dict, and the report on it (its names come without the prefix).
+    """
+    state_dict = _with_copies(model, state_dict, prefix)
+    adapted = dict(state_dict)
+    report = LoadReport()
+    for name, layer in computing_layers(model).items():
+        adapted.update(_own_buffers(layer, state_dict, f'{prefix}{name}.'))
+        removed = any(f'{prefix}{name}.{tensor_name}' in state_dict for tensor_name in layer.removed.shapes)
+        fit = _fit(model, name, layer, state_dict, prefix) if layer.made else removed and Fit({}, 1.0)
+        if not fit:
+            continue
+        report.fits[name] = fit
+        for tensor_name, shape in layer.removed.shapes.items():
+            given = adapted.pop(f'{prefix}{name}.{tensor_name}', None)
+            if given is not None and given.shape != shape:
+                report.mismatched[f'{name}.{tensor_name}'] = (tuple(given.shape), tuple(shape))
+        for buffer in layer.removed.unused_buffers:
+            adapted.pop(f'{prefix}{name}.{buffer}', None)
+        for parameter, value in (layer.operator.start(layer._parameters) | fit.parameters).items():
+            adapted[f'{prefix}{name}.{parameter}'] = value
+    _compare(model, adapted, prefix, report)
+    return adapted, report
+
+
+def add_pretrained_hook(model: nn.Module) -> None:
+    """From now on loading a baseline's state dict into ``model`` also initialises its computing layers."""
+    remove_pretrained_hook(model)
+    model.register_load_state_dict_pre_hook(_initialise_on_load)
+
+
+def remove_pretrained_hook(model: nn.Module) -> None:
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, wrapped in hooks.items() if getattr(wrapped, 'hook', None) is _initialise_on_load]:
+        del hooks[key]
+
+
+def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+    """Load hook: translate the state dict in place before any tensor of ``module`` is read from it.
+
+    It runs for torch's ``load_state_dict`` as for mmengine's, which walks the modules one by one and gives each
+    only its own keys; the hook therefore sits on the module that holds all the neighbours.
+    """
+    adapted, report = adapt_state_dict(module, state_dict, prefix)
+    for name, layer in computing_layers(module).items():
+        layer.norm_stale = name in report.fits
+    if report.fits:
+        for line in str(report).splitlines():
+            logger.info('%s', line)
+    state_dict.clear()
+    state_dict.update(adapted)
+
+
+def _with_copies(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """With a copy of a block's tensors for the provisional layer inside it, unless that has some there."""
+    copies = {}
+    for name, layer in computing_layers(model).items():
+        block = f'{prefix}{name.rpartition(".")[0]}.'
+        if layer.provisional and not any(key.startswith(f'{prefix}{name}.') for key in state_dict):
+            copies |= {f'{prefix}{name}.{key[len(block):]}': value for key, value in state_dict.items()
+                       if key.startswith(block)}
+    return state_dict | copies
+
+
+def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[str, Any], prefix: str) -> Fit | None:
+    """Fit one layer's fusion to the removed block's tensors, None if the state dict has none of them.
+
+    Tensors that the state dict lacks for the block or a neighbour are left out of the fit: an ImageNet model has
+    no deformable convolution's offsets, for instance.
+    """
+    names = {id(module): module_name for module_name, module in model.named_modules()}
+    kept = [names[id(block)] for block in layer.kept]
+
+    def look_up(block: str, tensor: str, shape: Shape) -> Tensor | None:
+        value = state_dict.get(f'{prefix}{block}.{tensor}')
+        fits = isinstance(value, Tensor) and tuple(value.shape) == tuple(shape)
+        return layer.read(tensor, value) if fits else None
+
+    targets: dict[str, Tensor] = {}
+    pairs: dict[str, Pair] = {}
+    for tensor, sides in layer.donors.items():
+        target = look_up(name, tensor, layer.removed.shapes[tensor])
+        pair = tuple(None if i is None else look_up(kept[i], tensor, layer.kept[i].get_parameter(tensor).shape)
+                     for i in sides)
+        if target is not None and any(side is not None for side in pair):
+            targets[tensor], pairs[tensor] = target, pair
+    return layer.fusion.fit(targets, pairs, layer.made) if targets else None
+
+
+def _own_buffers(layer: ComputingLayer, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Buffers that some modules make of their weights when they load: those of the removed block, from its weights."""
+    made = {}
+    for path, module in list(layer.template.named_modules()):
+        start = f'{prefix}{path}.' if path else prefix
+        shapes = {slot: layer.removed.shapes.get(f'{path}.{slot}' if path else slot) for slot in module._parameters}
+        slots = [slot for slot, shape in shapes.items() if shape == getattr(state_dict.get(start + slot), 'shape', 0)]
+        if not slots or not loads_its_own_way(module):
+            continue
+        twin = copy.copy(module)
+        twin._parameters = {slot: nn.Parameter(state_dict[start + slot].clone()) for slot in slots}
+        twin._buffers = {name: buffer.clone() for name, buffer in module._buffers.items()}
+        type(module)._load_from_state_dict(twin, dict(state_dict), start, {}, False, [], [], [])
+        made.update({start + name: buffer for name, buffer in twin._buffers.items()})
+    return made
+
+
+def _compare(model: nn.Module, state_dict: dict[str, Any], prefix: str, report: LoadReport) -> None:
+    own = model.state_dict()
+    for key, value in own.items():
+        given = state_dict.get(prefix + key)
+        if given is None:
+            if not key.endswith('num_batches_tracked'):
+                report.missing.append(key)
+        elif given.shape != value.shape:
+            report.mismatched[key] = (tuple(given.shape), tuple(value.shape))
+        else:
+            report.loaded.append(key)
+    report.left_over.extend(key[len(prefix):] for key in state_dict
+                            if key.startswith(prefix) and key[len(prefix):] not in own)
+
+
+def _first(keys: list[str], count: int = 5) -> str:
+    more = f' and {len(keys) - count} more' if len(keys) > count else ''
+    return ', '.join(keys[:count]) + more if keys else 'nothing'
+
+
+def _numbers(parameters: dict[str, Tensor]) -> str:
+    return ', '.join(str([round(x, 3) for x in value.flatten()[:4].tolist()]) for value in parameters.values())

@@ -1,0 +1,131 @@
+"""Gated blocks: a block and the computing layer that could stand there, side by side while a plan is being learned."""
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+
+from ..replacement.block_structure import other_ways_forward
+from ..replacement.computing_layer import ComputingLayer
+
+
+@dataclass
+class Gate:
+    """Which of the two runs, and whether the other one runs as well.
+
+    Args:
+        replace: g; the computing layer runs, else the block.
+        leaf: a number that gets the gradient with respect to g; None if it isn't wanted.
+        settled: only one of them runs from now on.
+        fresh: no gate was drawn yet: the computing layer runs without gradient, too, so that its BatchNorm statistics
+            can be recalibrated.
+    """
+    replace: bool = False
+    leaf: Tensor | None = None
+    settled: bool = False
+    fresh: bool = True
+
+
+class GatedBlock(nn.Module):
+    r"""Mixed into the class of a block while it is open whether the block is replaced.
+
+    .. math:: h_{out} = B(h_{in}) + g\,\big(C(h_{in}) - B(h_{in})\big), \quad g ∈ \{0, 1\}, \qquad
+              \frac{∂L}{∂g} = \Big⟨\frac{∂L}{∂h_{out}},\; C(h_{in}) - B(h_{in})\Big⟩
+
+    What isn't chosen runs without gradient and only for ∂L/∂g, so a step costs at most one more forward run of these
+    blocks; for backward one more tensor of each output's size is kept.
+
+    The block stays what it is: a module of its class, with its keys in the state dict. The computing layer is a child.
+    Neither may change its input in place.
+
+    Attributes:
+        replaced: the computing layer.
+        gate: which of the two runs.
+    """
+    replaced: ComputingLayer
+    gate: Gate
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new, (plain_class(self),), self.__dict__
+
+    def _run_gated(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        gate = self.gate
+        chosen = self._run_one(gate.replace, method, *args, **kwargs)
+        if gate.settled or not (torch.is_grad_enabled() or gate.fresh):
+            return chosen
+        with torch.no_grad():
+            other = self._run_one(not gate.replace, method, *args, **kwargs)
+        if gate.leaf is None:
+            if gate.fresh and torch.is_grad_enabled():
+                warnings.warn('a model whose plan is to be learned runs with gradient, but no gates were drawn: it is '
+                              'the unreplaced model; training needs SearchHook or a BlockSearch', stacklevel=2)
+            return chosen
+        sign = 1 if gate.replace else -1
+
+        def gated(one: Any, another: Any) -> Any:
+            return _Gated.apply(one, another, gate.leaf, sign) if isinstance(one, Tensor) else one
+
+        return tree_map(gated, chosen, other)
+
+    def _run_one(self, replace: bool, method: str, *args: Any, **kwargs: Any) -> Any:
+        if replace:
+            return getattr(self.replaced, method)(*args, **kwargs)
+        return getattr(plain_class(self), method)(self, *args, **kwargs)
+
+
+class _Gated(torch.autograd.Function):
+    """The chosen output as it is, with the gradient that the gate would get from both."""
+
+    @staticmethod
+    def forward(ctx: Any, chosen: Tensor, other: Tensor, leaf: Tensor, sign: int) -> Tensor:
+        ctx.save_for_backward(chosen - other)
+        ctx.sign = sign
+        return chosen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        difference, = ctx.saved_tensors
+        return grad, None, ctx.sign * (grad.float() * difference.float()).sum(), None
+
+
+def gate_(block: nn.Module, replaced: ComputingLayer) -> None:
+    """Make ``block`` a gated one, in place."""
+    block.__class__ = _gated_class(type(block))
+    block.replaced = replaced
+    block.gate = Gate()
+
+
+def ungate_(block: GatedBlock) -> ComputingLayer:
+    """Make ``block`` what it was before :func:`gate_`, in place; returns the computing layer."""
+    replaced = block.replaced
+    replaced.provisional = False
+    block.__class__ = plain_class(block)
+    del block.replaced, block.gate
+    return replaced
+
+
+def plain_class(block: GatedBlock) -> type[nn.Module]:
+    """The class of a gated block without its gate."""
+    return type(block).__bases__[1]
+
+
+@cache
+def _gated_class(cls: type[nn.Module]) -> type[GatedBlock]:
+    ways = {name: _gated(name) for name in ('forward', *other_ways_forward(cls))}
+    return type(cls.__name__, (GatedBlock, cls), ways)
+
+
+def _gated(method: str) -> Any:
+    def run(self: GatedBlock, *args: Any, **kwargs: Any) -> Any:
+        return self._run_gated(method, *args, **kwargs)
+    return run
+
+
+def _new(cls: type[nn.Module]) -> GatedBlock:
+    gated = _gated_class(cls)
+    return gated.__new__(gated)

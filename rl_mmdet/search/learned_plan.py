@@ -1,0 +1,131 @@
+"""LearnedPlan: where to replace is learned while the model trains; and the random choice to compare it with."""
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..replacement import PLANS, ReplacementReport
+from ..replacement.chain import Chain, Choice
+from ..replacement.computing_layer import LayerSettings
+from ..replacement.fusions import OwnWeights
+from ..replacement.plans import Plan
+from ..replacement.plans.plan import add_
+from ..replacement.surgery import check_fusion, check_some
+from .search_settings import SearchSettings, check_seed
+from .search_space import SearchSpace
+from .share_limit import ShareLimit
+
+DRAWS = 100
+"""How often a RandomPlan draws at most: where blocks exclude each other not every draw keeps the budget."""
+
+
+@PLANS.register_module()
+class LearnedPlan(Plan):
+    r"""A policy network learns which blocks are replaced, so that a budget is kept, in the first part of a training.
+
+    In that part, the search, every block that can be replaced computes
+    :math:`h_{out} = B(h) + g\,(C(h) - B(h))` with a gate :math:`g ∈ \{0, 1\}` that
+    :class:`~rl_mmdet.search.policy.Policy` draws anew in every step; C is the computing layer that could stand there.
+    Weights and policy learn at the same time. From the middle of the search on the gates are settled one by one, the
+    most certain first, and a settled block runs one branch only. At its end all are, the budget is kept, and the model
+    becomes the ordinary replaced one of ``plan=dict(type='Blocks', ...)``, which trains on.
+
+    Args:
+        budget, image_size: see :class:`~rl_mmdet.search.share_limit.ShareLimit`; as few blocks are replaced as keep it.
+        epochs, iters, temperature, lr, seed: see :class:`~rl_mmdet.search.search_settings.SearchSettings`.
+
+    Raises:
+        ValueError: a value out of range, or both ``epochs`` and ``iters``; when applied: no choice reaches the budget.
+
+    Source: the policy and its gates are those of SWR, arXiv 2302.13435; choosing blocks to replace by them is ours.
+    """
+    searches = True
+
+    def __init__(self, budget: Mapping[str, float], epochs: int | None = None, iters: int | None = None,
+                 temperature: Sequence[float] = (1., 0.2), lr: float = 0.03, seed: int = 0,
+                 image_size: Sequence[int] = (256, 256)) -> None:
+        with _named('LearnedPlan'):
+            self.limit = ShareLimit(budget, image_size)
+            self.settings = SearchSettings(epochs, iters, temperature, lr, seed)
+
+    def carry_out_(self, model: nn.Module, chains: Mapping[str, Chain], settings: LayerSettings) -> ReplacementReport:
+        """Put a computing layer beside every block that can be replaced, in place; a search is to choose."""
+        if isinstance(settings.fusion, OwnWeights):
+            raise ValueError(f'replacement.plan: {self} chooses what is made of other blocks\' weights, and '
+                             f'{settings.fusion} makes nothing; take another fusion or plan')
+        candidates = {name: chain.replaceable() for name, chain in chains.items()}
+        check_fusion(chains, candidates, settings.fusion)
+        try:
+            check_some(chains, candidates, self)
+            with _named(self):
+                savings = self.limit.savings(chains, model, settings)
+        except ValueError as error:
+            raise ValueError(f'replacement.plan: {error}') from None
+        return ReplacementReport(SearchSpace(model, chains, self, savings, settings).rows)
+
+    def _arguments(self) -> str:
+        return f'{self.limit}{self.settings}'
+
+
+@PLANS.register_module()
+class RandomPlan(Plan):
+    """Blocks drawn at random, as many as keep a budget: what a :class:`LearnedPlan` has to beat.
+
+    Args:
+        budget, image_size: see :class:`~rl_mmdet.search.share_limit.ShareLimit`.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a value out of range; when chosen: no choice reaches the budget.
+    """
+
+    def __init__(self, budget: Mapping[str, float], seed: int = 0, image_size: Sequence[int] = (256, 256)) -> None:
+        with _named('RandomPlan'):
+            self.limit = ShareLimit(budget, image_size)
+            self.seed = check_seed(seed)
+
+    def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
+        if model is None:
+            raise ValueError('RandomPlan: it measures the model, so it needs one; use it as the plan of '
+                             'replace_blocks_()')
+        places = [(name, index) for name, chain in chains.items() for index in chain.replaceable()]
+        if not places:
+            return {name: [] for name in chains}
+        with _named(self):
+            savings = self.limit.savings(chains, model, settings)
+        saving = [place for place, value in zip(places, savings, strict=True) if value > 0]
+        generator, left = random.Random(self.seed), self.limit.left_with(model, settings)
+        for _ in range(DRAWS):
+            choice = self._draw(chains, generator.sample(saving, len(saving)), left)
+            if left(choice) <= self.limit.share:
+                return choice
+        raise ValueError(f'{self}: {DRAWS} draws found no choice that keeps the budget: too many of the blocks exclude '
+                         'each other')
+
+    def _draw(self, chains: Mapping[str, Chain], drawn: list[tuple[str, int]],
+              left: Callable[[Choice], float]) -> Choice:
+        """The first of the blocks that keep the budget, without those that turn out to be needless."""
+        choice: Choice = {name: [] for name in chains}
+        for name, index in drawn:
+            if left(choice) <= self.limit.share:
+                break
+            add_(choice, chains, name, index)
+        for name, index in drawn:
+            less = choice | {name: [other for other in choice[name] if other != index]}
+            if left(less) <= self.limit.share:
+                choice = less
+        return choice
+
+    def _arguments(self) -> str:
+        return f'{self.limit}, seed={self.seed}'
+
+
+@contextmanager
+def _named(plan: Any) -> Iterator[None]:
+    """Put the plan in front of an error's text."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f'{plan}: {error}') from error
