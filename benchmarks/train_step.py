@@ -40,23 +40,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rl_mmdet  # noqa: F401
-from rl_mmdet.analysis import (
-    TrainingStep,
-    backbone_step,
-    count_flops,
-    counted_regions,
-    detector_step,
-    peak_memory,
-    ratios_to,
-    saved_bytes,
-    seconds_in_turn,
-    trainable_parameters,
-)
+from rl_mmdet.analysis import count_flops, peak_memory, ratios_to, saved_bytes, seconds_in_turn, trainable_parameters
 from rl_mmdet.analysis.zoo.configs import ROOT as MMDET_CONFIGS
 from rl_mmdet.analysis.zoo.configs import read_config, without_synchronisation
 from rl_mmdet.analysis.zoo.reasons import short_reason
 from rl_mmdet.analysis.zoo.swap import rl_twin
 from rl_mmdet.engine import build_model
+from training_step import TrainingStep, backbone_step, counted_regions, detector_step
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLD = '+fold'
