@@ -41,11 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rl_mmdet  # noqa: F401
 from rl_mmdet.analysis import (
-    TrainingStep,
-    backbone_step,
     count_flops,
-    counted_regions,
-    detector_step,
     mean_over_steps,
     peak_memory,
     ratios_to,
@@ -55,6 +51,7 @@ from rl_mmdet.analysis import (
 )
 from rl_mmdet.engine import build_model
 from rl_mmdet.replacement import set_step_
+from training_step import TrainingStep, backbone_step, counted_regions, detector_step
 from zoo.configs import ROOT as MMDET_CONFIGS
 from zoo.configs import read_config, without_synchronisation
 from zoo.reasons import short_reason
