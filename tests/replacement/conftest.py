@@ -27,7 +27,7 @@ def gradients() -> Callable[[nn.Module, Tensor], Gradients]:
     """Output and gradients of a model: of its input and of all parameters that get one."""
     def take(model: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None = None, scale: float = 1) -> Gradients:
         model.zero_grad()
-        x = x.clone().requires_grad_()
+        x = x.detach().clone().requires_grad_()
         out = model(x) if run is None else run(x)
         (scale * out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
         return {'out': out.detach(), 'input': x.grad} | {

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -264,7 +264,7 @@ def fresh_compiler():
 @pytest.mark.parametrize('operator', [pytest.param('FullBlock', marks=slow), 'SlimBlock', pytest.param('DepthwiseBlock', marks=slow)])
 def test_compiled_and_counted_there_are_two_graphs(make, gradients, assert_same, operator):
     net, x = make(2, operator).layer2[1:5], features()
-    counter = CompileCounterWithBackend('aot_eager')
+    counter = CompileCounter()
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     for step in range(4):
         set_step_(net, step, staggered=False)
