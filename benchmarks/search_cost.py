@@ -3,8 +3,8 @@
 Backbones with random weights, frozen stem and first stage, BatchNorm in eval mode, SGD; one step is sampling, forward,
 backward, the optimizer's step and learning. A search for a plan is measured at its beginning, when both branches of all
 open blocks run, and when all gates are settled; on average over a search it costs three quarters of the first and a
-quarter of the second. FLOPs and bytes are means over gates, times medians of ratios to the baseline's step, taken in
-turns in one process.
+quarter of the second. FLOPs and bytes are means over gates and over steps in which replaced blocks learn and others,
+times medians of ratios to the baseline's step, taken in turns in one process.
 
     python benchmarks/search_cost.py
 """
@@ -20,6 +20,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from rl_mmdet.analysis import count_flops, ratios_to, saved_bytes, seconds_in_turn
+from rl_mmdet.replacement import set_step_
 from rl_mmdet.search import begin_search
 
 OUT = Path(__file__).resolve().parents[1] / 'docs/results/search_cost.md'
@@ -33,7 +34,7 @@ BACKBONES = {
 BUDGETS = {'R-50': 0.705, 'R-101': 0.6, 'Swin-T': 0.88}
 SEARCHES: dict[str, Callable[[float], dict[str, Any]]] = {
     'plan, RL-v1': lambda part: dict(replacement=dict(plan=learned(part))),
-    'plan, RL-v1, `sample=0.125`': lambda part: dict(replacement=dict(plan=learned(part), gradient=dict(sample=0.125))),
+    'plan, RL-v1, `every=1`': lambda part: dict(replacement=dict(plan=learned(part), gradient=dict(every=1))),
     'transfer, SWR': lambda part: dict(transfer=dict(type='SWR', budget=0.1)),
 }
 
@@ -54,6 +55,7 @@ class Subject:
         self.search = begin_search(self.model, STEPS) if searched else None
         learn = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(learn, 1e-6, momentum=0.9)
+        self.steps = 0
         if hasattr(self.search, 'look'):
             self.optimizer.register_step_pre_hook(lambda *_: self.search.look())
 
@@ -61,6 +63,8 @@ class Subject:
         return sum(out.square().mean() for out in self.model(self.image))
 
     def step(self) -> None:
+        set_step_(self.model, self.steps)
+        self.steps += 1
         if self.search is not None:
             self.search.sample()
         self.forward().backward()
@@ -78,7 +82,8 @@ class Subject:
 
     def saved(self, draws: int) -> float:
         found = []
-        for _ in range(draws):
+        for step in range(draws):
+            set_step_(self.model, step)
             if self.search is not None:
                 self.search.sample()
             found.append(saved_bytes(self.model, self.forward))
@@ -124,7 +129,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--size', type=int, default=256, help='side of the images, in pixels')
     parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--draws', type=int, default=8, help='gates that FLOPs and saved bytes are averaged over')
+    parser.add_argument('--draws', type=int, default=8,
+                        help='steps, each with its own gates, that FLOPs and saved bytes are averaged over')
     parser.add_argument('--backbones', nargs='+', default=list(BACKBONES), choices=list(BACKBONES))
     parser.add_argument('--out', type=Path, default=OUT)
     args = parser.parse_args()
