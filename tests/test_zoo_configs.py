@@ -51,6 +51,8 @@ def small(node, widths=WIDTHS):
             made[key] = small(value, IN_DETR if detr else widths)
     if 'depth' in made:
         made.update(base_channels=8, zero_init_residual=False)  # zeros would hold up the coefficients for a step
+    if made.get('replacement'):
+        made['replacement']['gradient'] = dict(every=1)  # all blocks are to learn in the one step
     if made.get('type') == 'SyncBN':
         made['type'] = 'BN'  # the other one trains on GPUs alone
     return made

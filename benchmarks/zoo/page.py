@@ -8,7 +8,8 @@ from .coverage import VERSIONS, Outcome
 METHOD = f"""\
 Each config's model is built as the config has it, without pretrained weights, then makes one training step and one
 prediction. Then the same is done with replaced backbones: all that learn, each by `RLBackbone`, with all its other
-settings, RL-v1, `EveryKth(k=2)`, or its first replaceable block where that replaces none. Nothing else is changed.
+settings, RL-v1 that learns in every step, `EveryKth(k=2)`, or its first replaceable block where that replaces none.
+Nothing else is changed.
 *Runs* means: it can be built, all losses are finite, every replaced block gets a finite gradient if the baseline's
 block gets one, and there is a prediction. It says nothing of accuracy.
 

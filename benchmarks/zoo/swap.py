@@ -10,6 +10,8 @@ from rl_mmdet.replacement import PLANS, find_chains
 from .configs import find_backbones
 
 EVERY_OTHER = dict(type='EveryKth', k=2)
+EVERY_STEP = dict(every=1)
+"""The check makes one step, and all blocks are to learn in it."""
 
 
 def swap_backbones(model: Mapping[str, Any], *plans: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def swap_backbones(model: Mapping[str, Any], *plans: Mapping[str, Any] | None) -
     found = list(find_backbones(swapped))
     for (owner, key, backbone), plan in zip(found, plans or [EVERY_OTHER] * len(found), strict=True):
         if plan is not None:
-            owner[key] = rl_twin(backbone) | dict(replacement=dict(plan=plan))
+            owner[key] = rl_twin(backbone) | dict(replacement=dict(plan=plan, gradient=EVERY_STEP))
     return swapped
 
 

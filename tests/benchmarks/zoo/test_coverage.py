@@ -8,7 +8,8 @@ from zoo.coverage import Outcome, require_all
 from zoo.page import coverage_page
 from zoo.swap import rl_twin, swap_backbones
 
-PLAN = dict(plan=dict(type='EveryKth', k=2))
+PLAN = dict(type='EveryKth', k=2)
+REPLACEMENT = dict(plan=PLAN, gradient=dict(every=1))
 
 
 def outcome(name, backbone, *result, **more):
@@ -66,9 +67,9 @@ def test_backbones_are_found_and_swapped_where_they_are_nested_but_not_a_teacher
                  neck=dict(rfp_backbone=dict(type='HRNet')),
                  teacher_backbone=dict(type='C'), teacher_config=dict(model=dict(backbone=dict(type='D'))))
     assert [backbone['type'] for _, _, backbone in find_backbones(model)] == ['ResNet', 'HRNet']
-    swapped = swap_backbones(model, None, PLAN['plan'])
+    swapped = swap_backbones(model, None, PLAN)
     assert swapped['detector'] == model['detector']
-    assert swapped['neck']['rfp_backbone'] == dict(type='RLBackbone', backbone='HRNet', replacement=PLAN)
+    assert swapped['neck']['rfp_backbone'] == dict(type='RLBackbone', backbone='HRNet', replacement=REPLACEMENT)
     assert swap_backbones(model)['detector']['backbone'] == dict(
-        type='RLBackbone', backbone='ResNet', frozen_stages=1, replacement=PLAN)
+        type='RLBackbone', backbone='ResNet', frozen_stages=1, replacement=REPLACEMENT)
     assert rl_twin(dict(type='RLResNet', depth=50)) == dict(type='RLResNet', depth=50)
