@@ -261,7 +261,7 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures('fresh_compiler')
-@pytest.mark.parametrize('operator', [pytest.param('FullBlock', marks=slow), 'SlimBlock', pytest.param('DepthwiseBlock', marks=slow)])
+@pytest.mark.parametrize('operator', ['SlimBlock', *(pytest.param(each, marks=slow) for each in OPERATORS[::2])])
 def test_compiled_and_counted_there_are_two_graphs(make, gradients, assert_same, operator):
     net, x = make(2, operator).layer2[1:5], features()
     counter = CompileCounter()

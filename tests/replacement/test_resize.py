@@ -34,16 +34,6 @@ def test_kind_of_a_tensor(name, shape, kind):
 
 # Channels
 
-def test_widened_output_channels_stand_in_order():
-    weight = torch.arange(3.0).view(3, 1)
-    assert resize('weight', weight, (7, 1)).flatten().tolist() == [0, 0, 0, 1, 1, 2, 2]
-
-
-def test_narrowed_output_channels_stand_in_order():
-    weight = torch.arange(6.0).view(6, 1)
-    assert resize('weight', weight, (4, 1)).flatten().tolist() == [0, 1, 3, 4]
-
-
 def test_stretch_equals_the_floor_formula_along_any_axis():
     tensor = torch.randn(5, 6, 7)
     for axis, size in [(0, 8), (1, 4), (2, 7), (1, 13)]:
@@ -59,18 +49,7 @@ def test_query_key_and_value_stay_in_their_parts(channels):
     assert resize('qkv.weight', parts[:, None], (3 * channels, 1)).flatten().tolist() == expected
 
 
-def test_query_key_and_value_weights_are_those_resized_one_by_one():
-    parts = [torch.randn(4, 4) for _ in range(3)]
-    one_by_one = torch.cat([resize('weight', part, (6, 6)) for part in parts])
-    torch.testing.assert_close(resize('weight', torch.cat(parts), (18, 6)), one_by_one)
-
-
-def test_heads_stay_in_their_parts():
-    heads = torch.arange(2.0).repeat_interleave(8)
-    assert resize('bias', heads, (12,)).tolist() == [0.0] * 6 + [1.0] * 6
-
-
-@pytest.mark.parametrize(('old', 'new'), [(64, 128), (64, 96), (128, 64), (96, 64), (64, 32)])
+@pytest.mark.parametrize(('old', 'new'), [(64, 96), (96, 64)])
 @pytest.mark.parametrize('space', [(), (3, 3)], ids=['linear', 'convolution'])
 def test_independent_inputs_give_outputs_of_the_same_variance(old, new, space):
     weight, count = torch.randn(256, old, *space), 512
@@ -105,11 +84,6 @@ def test_grown_kernel_computes_the_same(old, new):
     torch.testing.assert_close(F.conv2d(x, made, padding=(new[0] // 2, new[1] // 2)), expected)
 
 
-def test_grown_kernel_of_one_dimension_computes_the_same():
-    weight, x = torch.randn(4, 3, 1), torch.randn(2, 3, 9)
-    torch.testing.assert_close(F.conv1d(x, resize('weight', weight, (4, 3, 5)), padding=2), F.conv1d(x, weight))
-
-
 @pytest.mark.parametrize(('old', 'new'), [((3, 3), (1, 1)), ((7, 7), (3, 3)), ((5, 3), (3, 1)), ((7, 7), (5, 5)),
                                           ((7, 3), (3, 5))])
 def test_resized_kernel_keeps_the_response_to_a_constant(old, new):
@@ -123,12 +97,6 @@ def test_shrunk_kernel_is_summed_over_areas():
     weight = torch.randn(2, 2, 6, 6)
     blocks = weight.view(2, 2, 3, 2, 3, 2).sum((3, 5))
     torch.testing.assert_close(resize('weight', weight, (2, 2, 3, 3)), blocks)
-
-
-def test_kernel_and_channels_together_are_one_after_the_other():
-    weight = torch.randn(4, 6, 5, 5)
-    step = resize('weight', weight, (8, 3, 5, 5))
-    torch.testing.assert_close(resize('weight', weight, (8, 3, 3, 3)), resize('weight', step, (8, 3, 3, 3)))
 
 
 # Vectors
@@ -146,20 +114,6 @@ def test_vectors_repeat_or_leave_out_channels(shape, new, expected):
 
 
 # Tables
-
-def plane(size: int) -> Tensor:
-    """A map (size², 2) of 1 + x + 2y, and its negative, sampled at the centres of a size × size grid over [0, 1]²."""
-    at = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    values = (1 + at[None, :] + 2 * at[:, None]).flatten()
-    return torch.stack([values, -values], 1)
-
-
-@pytest.mark.parametrize(('old', 'new'), [(13, 25), (25, 13), (7, 8)])
-def test_square_table_is_a_map_of_two_axes(old, new):
-    made = resize('relative_position_bias_table', plane(old), (new ** 2, 2)).view(new, new, 2)
-    inside = slice(new // 4, new - new // 4)  # away from the border; torch's cubics give planes but nearly
-    torch.testing.assert_close(made[inside, inside], plane(new).view(new, new, 2)[inside, inside], rtol=0, atol=0.02)
-
 
 def test_square_table_is_bicubic():
     table = torch.randn(9, 2)
@@ -184,21 +138,10 @@ def test_constant_table_stays_constant():
         torch.testing.assert_close(resize('table', torch.full((old, 2), 3.0), (new, 2)), torch.full((new, 2), 3.0))
 
 
-def test_table_of_more_heads_repeats_them_in_order():
-    table = torch.randn(9, 2)
-    made = resize('relative_position_bias_table', table, (9, 4))
-    assert torch.equal(made, table[:, [0, 0, 1, 1]])
-
-
-def test_table_of_fewer_heads_leaves_some_out():
+def test_table_of_more_or_fewer_heads_keeps_their_order():
     table = torch.randn(9, 4)
     assert torch.equal(resize('relative_position_bias_table', table, (9, 2)), table[:, [0, 2]])
-
-
-def test_table_positions_and_heads_together():
-    table = torch.randn(9, 2)
-    expected = resize('table', table, (25, 2))[:, [0, 0, 1, 1]]
-    torch.testing.assert_close(resize('table', table, (25, 4)), expected)
+    assert torch.equal(resize('relative_position_bias_table', table[:, :2], (9, 4)), table[:, [0, 0, 1, 1]])
 
 
 # What can't be
