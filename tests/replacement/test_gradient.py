@@ -70,13 +70,6 @@ def test_every_step_is_plain_autograd_on_the_made_weights(make, gradients, asser
     assert_same(gradients(net, image), gradients(net, image, lambda x: functional_call(plain, expected, (x,))))
 
 
-def test_detached_neighbours_learn_from_their_own_places_only(make, gradients, assert_same, image):
-    net = make(every=1)
-    found, constant = gradients(net, image), gradients(materialize(net), image)
-    assert_same({name: value for name, value in found.items() if not name.endswith('coeff')},
-                {name: value for name, value in constant.items() if name in found})
-
-
 @modes
 def test_frozen_neighbours_still_give_the_coefficients_gradient(make, gradients, image, mode):
     net = make(every=1, gradient=dict(mode=mode))
@@ -196,22 +189,6 @@ def test_activation_checkpoint_around_the_model(make, gradients, assert_same, im
             torch.manual_seed(step)
             found.append(gradients(net, image, run))
         assert_same(found[1], found[0])
-
-
-def test_gradients_accumulate(make, image):
-    net = make(2)
-    total = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
-    for step in range(3):
-        set_step_(net, step)
-        net.zero_grad()
-        net(image).sum().backward()
-        total = {name: value + net.get_parameter(name).grad for name, value in total.items()}
-    net.zero_grad()
-    for step in range(3):
-        set_step_(net, step)
-        net(image).sum().backward()
-    for name, value in total.items():
-        torch.testing.assert_close(net.get_parameter(name).grad, value)
 
 
 @operators

@@ -43,9 +43,9 @@ def by_hand(net, block, batches, **settings):
 
 @pytest.mark.parametrize('settings', [
     {},
-    dict(fusion=dict(type='ScalarFusion', pretrained='least_squares')),
     dict(fusion=dict(type='ChannelFusion', pretrained='least_squares', adapt=True)),
     dict(operator=dict(type='SlimBlock', scale=0.5)),
+    dict(operator=dict(type='Skip')),
 ])
 def test_errors_are_those_of_a_replaced_model_that_loaded_the_weights(trained, batches, settings):
     plan = BestFit(0.4, batches)
@@ -53,12 +53,7 @@ def test_errors_are_those_of_a_replaced_model_that_loaded_the_weights(trained, b
     assert len(plan.errors) == (8 if 'adapt' in settings.get('fusion', {}) else 5)
     for block, error in plan.errors.items():
         assert error == pytest.approx(by_hand(trained, block, batches, **settings), rel=1e-4), block
-
-
-def test_error_of_leaving_the_block_out_is_one(trained, batches):
-    plan = BestFit(0.4, batches)
-    replace_blocks_(trained, dict(plan=plan, operator=dict(type='Skip')))
-    assert list(plan.errors.values()) == pytest.approx([1.] * 5)
+        assert error == pytest.approx(1) or settings.get('operator') != dict(type='Skip')
 
 
 def test_a_block_between_two_like_it_is_reproduced_and_chosen(trained, batches):
@@ -141,8 +136,3 @@ def test_weights_that_are_not_finite_raise(trained, batches, snapshot):
     with pytest.raises(ValueError, match=r'the output error of layer2.1 is nan; are the model\'s weights trained ones'):
         replace_blocks_(trained, dict(plan=BestFit(0.5, batches)))
     assert snapshot(trained)[0] == before
-
-
-def test_nothing_to_replace_raises(trained, batches):
-    with pytest.raises(ValueError, match='replaces no block of this model'):
-        replace_blocks_(trained.requires_grad_(False), dict(plan=BestFit(0.5, batches)))

@@ -31,7 +31,7 @@ def first(count):
     return chosen
 
 
-@pytest.mark.parametrize('count', range(1, 6))
+@pytest.mark.parametrize('count', (1, 3, 5))
 def test_params_replaces_as_few_blocks_as_reach_the_number(toy_net, count):
     net = toy_net()
     replace_blocks_(net, dict(plan=Blocks(first(count))))
@@ -41,17 +41,10 @@ def test_params_replaces_as_few_blocks_as_reach_the_number(toy_net, count):
         assert replace_blocks_(toy_net(), dict(plan=Budget(params=target - 1))).replaced == first(count + 1)
 
 
-@pytest.mark.parametrize('part', [0.9, 0.7, 0.5])
-def test_params_float_is_a_part_of_the_unreplaced_model(toy_net, part):
-    net = toy_net()
-    replace_blocks_(net, dict(plan=dict(type='Budget', params=part)))
-    assert learnable(net) <= part * learnable(toy_net())
-
-
-def test_params_frozen_ones_do_not_count(toy_net):
+def test_params_may_be_a_part_of_the_unreplaced_models_that_learn(toy_net):
     net = toy_net()
     net.layer1.requires_grad_(False)
-    target = learnable(net) - 1
+    target = 1 - 1e-6
     assert replace_blocks_(net, dict(plan=Budget(params=target))).replaced == {'layer2': [2]}
 
 
@@ -98,13 +91,9 @@ def test_cost_before_and_after_is_logged(toy_net, caplog):
     before = learnable(net)
     with caplog.at_level(logging.INFO, 'rl_mmdet'):
         replace_blocks_(net, dict(plan=Budget(params=0.9)))
+    assert learnable(net) <= 0.9 * before
     assert f'Budget: params=0.9: {learnable(net):,} learnable parameters' in caplog.text
     assert f'{before:,} with none' in caplog.text
-
-
-def test_repr_has_the_settings():
-    assert repr(Budget(params=0.5)) == 'Budget(params=0.5)'
-    assert repr(Budget(flops=10 ** 9)) == 'Budget(flops=1000000000, image_size=(256, 256))'
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
@@ -147,11 +136,6 @@ def test_flops_with_full_block_names_operators_that_save_some(toy_net):
 def test_fusion_that_fits_no_block_names_the_fusion(toy_net):
     with pytest.raises(ValueError, match=r'^replacement.fusion: layer1.1: TransformFusion: rank=9'):
         replace_blocks_(toy_net(), dict(plan=Budget(params=0.9), fusion=dict(type='TransformFusion', rank=9)))
-
-
-def test_nothing_to_replace_raises(toy_net):
-    with pytest.raises(ValueError, match=r'Budget\(params=0.5\) replaces no block of this model'):
-        replace_blocks_(toy_net().requires_grad_(False), dict(plan=Budget(params=0.5)))
 
 
 def test_without_a_model_raises(toy_net):

@@ -205,7 +205,7 @@ def test_report_of_an_incomplete_checkpoint(replaced, baseline, lost, missing, f
     report = adapt_state_dict(replaced('least_squares'), without(baseline, *((lost,) if isinstance(lost, str) else
                                                                              lost)))[1]
     assert (report.missing, list(report.fits), report.left_over) == (missing, fits, [])
-    if 'layer2.2' in fits:
+    if fits == LAYERS and not lost.startswith('layer2.4'):  # one side alone can't be fitted
         assert_planted(report.fits['layer2.2'].parameters['coeff'])
 
 
