@@ -33,4 +33,4 @@ lint: .venv/ready  ## check the style (ruff) and the direction of the imports (i
 
 clean:  ## remove what builds and tests leave behind, but not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
-	find rl_mmdet tools tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks rl_mmdet tools tests configs -name __pycache__ -type d -prune -exec rm -rf {} +

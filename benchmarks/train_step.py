@@ -41,11 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rl_mmdet  # noqa: F401
 from rl_mmdet.analysis import (
-    TrainingStep,
-    backbone_step,
     count_flops,
-    counted_regions,
-    detector_step,
     mean_over_steps,
     peak_memory,
     ratios_to,
@@ -55,6 +51,7 @@ from rl_mmdet.analysis import (
 )
 from rl_mmdet.engine import build_model
 from rl_mmdet.replacement import set_step_
+from training_step import TrainingStep, backbone_step, counted_regions, detector_step
 from zoo.configs import ROOT as MMDET_CONFIGS
 from zoo.configs import read_config, without_synchronisation
 from zoo.reasons import short_reason
@@ -410,7 +407,7 @@ def page(results: dict) -> str:
              'float32. All variants are about the same blocks, those that `EveryKth` replaces, and have the same '
              'weights.', '',
              'Replaced blocks learn in one of eight steps unless their name says otherwise: FLOPs and calls are the '
-             'mean over eight steps, saved bytes and peak those of a step in which one block learns, times of eight steps. '
+             'mean over eight steps, saved bytes and peak are of a step in which one block learns, times of eight. '
              'Calls are tensor operations that compute something; on a GPU each is at least one kernel.', '',
              'FLOPs by torch.utils.flop_counter with corrected formulas (`rl_mmdet.analysis.count_flops`). Saved bytes '
              'are those of distinct storages kept for backward, without parameters and buffers. Peak memory is what a '

@@ -13,7 +13,7 @@ from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
-from rl_mmdet.replacement import computing_layers
+from rl_mmdet.replacement import computing_layers, set_step_
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 ZOO = [path for path in sorted(CONFIGS.glob('rl_*/*.py')) if '-k4_' not in path.name]  # k2 replaces more
@@ -76,6 +76,7 @@ def train_a_step(path):
         wrapper = build_optim_wrapper(model, dict(cfg.optim_wrapper, type='OptimWrapper'))  # AMP needs a GPU
     model.init_weights()
     model.train()
+    set_step_(model, 0, staggered=False)  # a step in which all replaced blocks learn
     MessageHub.get_current_instance().update_info('epoch', 0)  # the training loop's business; TOOD looks it up
     masks = 'panoptic_head' in cfg.model or 'mask_head' in cfg.model.get('roi_head', {})
     data = demo_mm_inputs(2, (3, SIZE, SIZE), num_items=[3, 3], num_classes=80, with_mask=masks,

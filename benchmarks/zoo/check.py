@@ -18,7 +18,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
 from rl_mmdet.engine import UserError, build_model
-from rl_mmdet.replacement import computing_layers
+from rl_mmdet.replacement import computing_layers, set_step_
 
 from .batches import keep_size_, prediction_batch, trained_part, training_batch
 from .configs import ZooConfig, number_of_classes, read_config, with_few_regions, without_synchronisation
@@ -164,6 +164,7 @@ def _train_step(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, floa
     """Losses and gradients of one step, by name."""
     gradients: dict[str, Tensor] = {}
     model.train()
+    set_step_(model, 0, staggered=False)  # a step in which all replaced blocks learn
     for progress in ('iter', 'epoch'):  # some models ask MMEngine's runner how far it is
         MessageHub.get_current_instance().update_info(progress, 0)
     wrapper = build_optim_wrapper(model, deepcopy(OPTIMIZER))

@@ -51,11 +51,12 @@ val_evaluator = dict(ann_file=data_root + 'annotations/val.json', outfile_prefix
     assert cfg.val_evaluator == dict(ann_file='/elsewhere/annotations/val.json', outfile_prefix='./work/data/coco/x')
 
 
+OF_REPLACED = ['FiniteLossHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
+
+
 @pytest.mark.parametrize(('replacement', 'given', 'hooks', 'constructor'), [
-    (dict(plan=dict(type='EveryKth', k=2)), None, ['Other', 'FiniteLossHook', 'RecalibrateNormsHook',
-                                                   'LogCoefficientsHook'], 'RLOptimWrapperConstructor'),
-    (dict(plan=dict(type='EveryKth', k=2)), 'LayerDecay', ['Other', 'FiniteLossHook', 'RecalibrateNormsHook',
-                                                           'LogCoefficientsHook'], 'LayerDecay'),
+    (dict(plan=dict(type='EveryKth', k=2)), None, ['Other', *OF_REPLACED], 'RLOptimWrapperConstructor'),
+    (dict(plan=dict(type='EveryKth', k=2)), 'LayerDecay', ['Other', *OF_REPLACED], 'LayerDecay'),
     (None, None, ['Other', 'FiniteLossHook'], None),
 ], ids=['replaced', 'with another constructor', 'baseline'])
 def test_defaults_are_added_once_to_what_needs_them(replacement, given, hooks, constructor):

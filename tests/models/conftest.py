@@ -46,7 +46,7 @@ class Case:
 
     def build(self, mode: str = 'detached', fusion: dict[str, Any] | None = None,
               operator: dict[str, Any] | None = None, **more: Any) -> nn.Module:
-        replacement = dict(EVERY_SECOND, fusion=fusion, operator=operator, gradient=dict(mode=mode))
+        replacement = dict(EVERY_SECOND, fusion=fusion, operator=operator, gradient=dict(mode=mode, every=1))
         return _build(dict(self.rl, replacement=replacement, **more))
 
 

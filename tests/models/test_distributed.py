@@ -42,7 +42,7 @@ RUNS = {
     'resnet_coupled_with_cp': dict(backbone='resnet', mode='coupled', with_cp=True),
     'resnet_detached_folded': dict(backbone='resnet', mode='detached', fold_norm=True),
     'resnet_coupled_DepthwiseBlock': dict(backbone='resnet', mode='coupled', operator='DepthwiseBlock'),
-    'resnet_detached_PooledBlock': dict(backbone='resnet', mode='detached', operator='PooledBlock'),
+    'resnet_detached_DepthwiseBlock': dict(backbone='resnet', mode='detached', operator='DepthwiseBlock'),
     'resnet_detached_Skip': dict(backbone='resnet', mode='detached', operator='Skip'),
     'swin_coupled': dict(backbone='swin', mode='coupled'),
     'vit_detached': dict(backbone='vit', mode='detached'),
@@ -55,7 +55,7 @@ RUNS = {
 def build(backbone: str, mode: str, operator: str = 'FullBlock', **more: Any) -> nn.Module:
     """A small backbone with some replaced blocks, in training and in float64."""
     torch.manual_seed(0)
-    replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type=operator), gradient=dict(mode=mode))
+    replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type=operator), gradient=dict(mode=mode, every=1))
     model = MODELS.build(copy.deepcopy(dict(BACKBONES[backbone], replacement=replacement, **more)))
     model.train()
     return model.double()
@@ -96,7 +96,7 @@ def work(rank: int, world: int, folder: Path) -> None:
     """One process: train every run under DDP, recalibrate, and leave the states in ``folder``."""
     torch.set_num_threads(1)
     distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
-                                   world_size=world, timeout=timedelta(seconds=60))
+                                   world_size=world, timeout=timedelta(seconds=300))
     states = {}
     for name, settings in RUNS.items():
         # mmdet's blocks checkpoint by reentrant backward passes; a coupled neighbour takes part in several,
@@ -120,7 +120,7 @@ def states(tmp_path_factory) -> list[dict]:
                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(WORLD)]
     try:
-        logs = [process.communicate(timeout=120)[0] for process in processes]
+        logs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_mmdet.analysis import saved_bytes
+from rl_mmdet.folding import unfold_norm_
 from rl_mmdet.models import RLResNet, build_rl_backbone
 from rl_mmdet.replacement import materialize
 
@@ -73,7 +74,8 @@ def test_detectors_second_way_forward(randomise_, image):
     kept, gradients = [], []
     for fold_norm in (False, True):
         model = randomise_(build_rl_backbone('DetectoRS_ResNet', **TINY, rfp_inplanes=4, norm_eval=True,
-                                             replacement=dict(plan=dict(type='EveryKth', k=2)), fold_norm=fold_norm))
+                                             fold_norm=fold_norm, replacement=dict(
+                                                 plan=dict(type='EveryKth', k=2), gradient=dict(every=1))))
         model.double().train()
         kept.append(saved_bytes(model, lambda model=model: model.rfp_forward(image, features)))
         sum(out.square().sum() for out in model.rfp_forward(image, features)).backward()
@@ -96,9 +98,10 @@ def test_initial_weights_are_the_same():
 
 
 @pytest.mark.parametrize('name', ['frozen_stages', 'sync_bn'])
-def test_materialize_gives_the_plain_backbone(build, image, name):
+def test_materialized_and_unfolded_it_is_the_plain_backbone(build, image, name):
     model = build(name, 'detached', fold_norm=True)
     plain = materialize(model)
+    unfold_norm_(plain)
     assert [type(module) for module in plain.modules()] == [type(module) for module in build(name).modules()]
     assert_equal(dict(enumerate(plain(image))), dict(enumerate(model(image))))
 

@@ -9,15 +9,15 @@ from torch import nn
 
 from rl_mmdet.replacement import computing_layers, materialize
 
-ALL = ('DepthwiseBlock', 'SlimBlock', 'PooledBlock')
+ALL = ('DepthwiseBlock', 'SlimBlock')
 FITS = {
     'RLResNet': ALL, 'RLResNet_34': ALL, 'RLResNeXt': ALL, 'timm_resnet': ALL,
-    'Res2Net': ('DepthwiseBlock', 'PooledBlock'), 'timm_convnext': ('DepthwiseBlock', 'PooledBlock'),
+    'Res2Net': ('DepthwiseBlock',), 'timm_convnext': ('DepthwiseBlock',),
     'RLSwin': ('SlimBlock',), 'timm_swin': ('SlimBlock',), 'RLViT': ('SlimBlock',), 'RLViT_timm': ('SlimBlock',),
     'DetectoRS_ResNet': (),
 }
 """What fits the cases in conftest.py."""
-SAMPLE = [('RLResNet', 'DepthwiseBlock'), ('RLResNet_34', 'PooledBlock'), ('RLResNeXt', 'SlimBlock'),
+SAMPLE = [('RLResNet', 'DepthwiseBlock'), ('RLResNet_34', 'SlimBlock'), ('RLResNeXt', 'SlimBlock'),
           ('Res2Net', 'DepthwiseBlock'), ('timm_convnext', 'DepthwiseBlock'), ('RLSwin', 'SlimBlock'),
           ('RLViT', 'SlimBlock')]
 
@@ -109,7 +109,7 @@ def test_weights_are_initialised_and_the_baselines_are_used_without_rest(name, k
 
 
 @pytest.mark.parametrize(('name', 'kind'), [
-    ('Res2Net', 'SlimBlock'), ('timm_convnext', 'SlimBlock'), ('RLSwin', 'DepthwiseBlock'), ('RLViT', 'PooledBlock'),
+    ('Res2Net', 'SlimBlock'), ('timm_convnext', 'SlimBlock'), ('RLSwin', 'DepthwiseBlock'), ('RLViT', 'DepthwiseBlock'),
     ('DetectoRS_ResNet', 'SlimBlock')])
 def test_unfit_raises_one_line_that_names_what_fits(name, kind, build):
     with pytest.raises(ValueError, match=f'{kind} can\'t stand for a ') as raised:

@@ -16,8 +16,8 @@ TABLE = 'attn.w_msa.relative_position_bias_table'
 def build(*replaced: int, **more: Any) -> RLSwin:
     """The same weights at every call, the blocks ``replaced`` of the third stage replaced."""
     torch.manual_seed(0)
-    replacement = dict(plan=dict(type='Blocks', blocks={STAGE: list(replaced)})) if replaced else None
-    return RLSwin(**dict(TINY, **more), replacement=replacement)
+    replacement = dict(plan=dict(type='Blocks', blocks={STAGE: list(replaced)}), gradient=dict(every=1))
+    return RLSwin(**dict(TINY, **more), replacement=replacement if replaced else None)
 
 
 # Windows

@@ -277,5 +277,5 @@ def test_import_of_rl_mmdet_does_not_import_timm():
                'import rl_mmdet\n'
                'assert ("timm" in sys.modules) == before')
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}  # rl_mmdet is found as it is here
-    done = subprocess.run([sys.executable, '-c', program], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

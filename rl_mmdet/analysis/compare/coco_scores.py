@@ -61,7 +61,7 @@ class Matches:
 
     def save(self, path: Path) -> None:
         """Write a compressed npz file, which appears under its name only when it is complete."""
-        with written_whole(path) as part, part.open('wb') as file:
+        with written_whole(path) as unfinished, unfinished.open('wb') as file:
             np.savez_compressed(file, **vars(self))
 
     @classmethod
@@ -91,18 +91,14 @@ def score_detections(annotations: Path, detections: Path, metric: str,
     """
     with redirect_stdout(StringIO()):  # pycocotools prints
         coco = COCO(str(annotations))
-        categories = _category_ids(coco, classes)
+        known = {category['name']: category['id'] for category in coco.dataset['categories']}
+        if not known.keys() >= set(classes):
+            raise ValueError(f'classes {[name for name in classes if name not in known]} are not among the categories '
+                             f'of the annotations, which are {list(known)}')
+        categories = {name: known[name] for name in classes}
         entries, notes = _read_detections(detections, metric, set(coco.getImgIds()))
         evaluation = _evaluate(coco, entries, metric, list(categories.values()))
     return _scores(evaluation, categories, notes), _matches(evaluation, categories)
-
-
-def _category_ids(coco: COCO, classes: Sequence[str]) -> dict[str, int]:
-    known = {category['name']: category['id'] for category in coco.dataset['categories']}
-    missing = [name for name in classes if name not in known]
-    if missing:
-        raise ValueError(f'classes {missing} are not among the categories of the annotations, which are {list(known)}')
-    return {name: known[name] for name in classes}
 
 
 def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[dict], tuple[str, ...]]:
@@ -149,6 +145,7 @@ def _evaluate(coco: COCO, entries: list[dict], metric: str, categories: list[int
 
 
 def _scores(evaluation: COCOeval, categories: dict[str, int], notes: tuple[str, ...]) -> Scores:
+    """The average precisions; pycocotools has -1 where there is none."""
     per_class = {}
     for name, category in categories.items():
         precision = evaluation.eval['precision'][:, :, evaluation.params.catIds.index(category), 0, -1]
@@ -157,6 +154,7 @@ def _scores(evaluation: COCOeval, categories: dict[str, int], notes: tuple[str, 
 
 
 def _matches(evaluation: COCOeval, categories: dict[str, int]) -> Matches:
+    """What is behind AP, taken from pycocotools' results for each class and image."""
     params, limit = evaluation.params, MAX_DETECTIONS[0]
     images, thresholds = len(params.imgIds), len(params.iouThrs)
     objects = np.zeros((images, len(categories)), dtype=np.int64)

@@ -162,26 +162,22 @@ def _variant_result(variant: Variant, baseline: str, results: dict[Run, RunResul
     found = VariantResult(**vars(variant), cost=cost if measured else None, cost_error=None if measured else cost)
     for metric in metrics if own else ():
         scores = [results[run].scores[metric] for run in own]
-        found.scores[metric] = {name: _spread_of(scores, name) for name in FIELDS}
-        found.per_class[metric] = {name: _mean([each.per_class[name] for each in scores])
-                                   for name in scores[0].per_class}
+        found.scores[metric] = {name: _spread([getattr(each, name) for each in scores]) for name in FIELDS}
+        spreads = {name: _spread([each.per_class[name] for each in scores]) for name in scores[0].per_class}
+        found.per_class[metric] = {name: each and each.mean for name, each in spreads.items()}
         ap = found.scores[metric]['ap']
         if variant.name != baseline and reference and ap is not None:
             images = None
             if min(len(reference), len(own)) > 1:
                 images = paired_interval(*([resampled(run, metric) for run in runs] for runs in (reference, own)))
-            baselines = _spread_of([results[run].scores[metric] for run in reference], 'ap')
+            baselines = spread([results[run].scores[metric].ap for run in reference])
             found.difference[metric] = difference(baselines, ap, images)
     return found
 
 
-def _spread_of(scores: list[Scores], name: str) -> Spread | None:
-    values = [getattr(each, name) for each in scores]
+def _spread(values: list[float | None]) -> Spread | None:
+    """None if one of the values isn't defined."""
     return None if None in values else spread(values)
-
-
-def _mean(values: list[float | None]) -> float | None:
-    return None if None in values else sum(values) / len(values)
 
 
 def _plain(value: Any) -> Any:

@@ -40,16 +40,14 @@ class Cost:
         trainable: number of those that learn.
         optimizer_bytes: bytes of all tensors in the optimizer's state after one step.
         forward_flops: FLOPs of the forward pass and the loss of one training batch, by
-            :func:`~rl_mmdet.analysis.count_flops`; mmcv's own kernels (RoIAlign, deformable convolutions) aren't
-            counted.
+            :func:`~rl_mmdet.analysis.count_flops`, without mmcv's own kernels (RoIAlign, deformable convolutions).
         step_flops: FLOPs of a whole training step: forward, backward, and the optimizer's products of matrices, if any.
         saved_bytes: bytes that the forward pass keeps for backward, parameters and buffers apart; of what runs under
             activation checkpoints (``with_cp``) these are the inputs.
-        peak_bytes: bytes that a training step allocates at its peak beyond the model, the optimizer's state and the
-            batch as it was loaded; the gradients are among them.
+        peak_bytes: bytes that a training step allocates at its peak, gradients included, beyond the model, the
+            optimizer's state and the batch as it was loaded.
         peak_of: whose record ``peak_bytes`` is from.
-        step_seconds: seconds per training step in each round.
-        step_ratios: these over the baseline's of the same round; the baseline's are all 1.
+        step_seconds, step_ratios: seconds per training step in each round, and these over the baseline's.
         latency_seconds, latency_ratios: the same of the prediction for one image by the model as trained.
         plain_latency_seconds, plain_latency_ratios: the same by the materialized model, over the seconds of the
             baseline as trained. Where there is nothing to materialize, they are those of the model as trained.

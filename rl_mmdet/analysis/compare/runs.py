@@ -158,11 +158,8 @@ def _val_config(comparison: Comparison, run: Run) -> Config:
 
 
 class _Progress:
-    """Lines on what is done, with an estimate of the time left.
-
-    That is MMEngine's for the running training, and for each one to come the mean of those that this call has seen from
-    their start.
-    """
+    """Lines on what is done, with an estimate of the time left: MMEngine's for the running training, and for each one
+    to come the mean of those that this call has seen from their start."""
 
     def __init__(self, total: int, say: Say) -> None:
         self.total = total

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from rl_mmdet.analysis import backbone_step, counted_regions, detector_step
 from rl_mmdet.engine import build_model, load_config
+from training_step import backbone_step, counted_regions, detector_step
 
 
 class TwoMaps(nn.Module):

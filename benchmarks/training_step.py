@@ -12,7 +12,7 @@ from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
 from mmdet.testing import demo_mm_inputs
 from torch import Tensor, nn
 
-from ..replacement import set_step_
+from rl_mmdet.replacement import set_step_
 
 BOXES = 20
 """Objects per image: more than COCO's seven, because anchors fit fewer of them than a trained detector's proposals."""
