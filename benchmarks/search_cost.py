@@ -33,14 +33,14 @@ BACKBONES = {
 }
 BUDGETS = {'R-50': 0.705, 'R-101': 0.6, 'Swin-T': 0.88}
 SEARCHES: dict[str, Callable[[float], dict[str, Any]]] = {
-    'plan, RL-v1': lambda part: dict(replacement=dict(plan=learned(part))),
-    'plan, RL-v1, `every=1`': lambda part: dict(replacement=dict(plan=learned(part), gradient=dict(every=1))),
-    'transfer, SWR': lambda part: dict(transfer=dict(type='SWR', budget=0.1)),
+    'plan, RL-v1, `every=1`': lambda share: dict(replacement=dict(plan=learned(share), gradient=dict(every=1))),
+    'plan, RL-v1, `every=8`': lambda share: dict(replacement=dict(plan=learned(share), gradient=dict(every=8))),
+    'transfer, SWR': lambda share: dict(transfer=dict(type='SWR', budget=0.1)),
 }
 
 
-def learned(part: float) -> dict[str, Any]:
-    return dict(type='LearnedPlan', budget=dict(params=part), seed=0)
+def learned(share: float) -> dict[str, Any]:
+    return dict(type='LearnedPlan', budget=dict(params=share), seed=0)
 
 
 class Subject:
@@ -55,9 +55,8 @@ class Subject:
         self.search = begin_search(self.model, STEPS) if searched else None
         learn = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(learn, 1e-6, momentum=0.9)
+        self.optimizer.register_step_pre_hook(lambda *_: self.search and self.search.look())
         self.steps = 0
-        if hasattr(self.search, 'look'):
-            self.optimizer.register_step_pre_hook(lambda *_: self.search.look())
 
     def forward(self) -> torch.Tensor:
         return sum(out.square().mean() for out in self.model(self.image))
@@ -81,13 +80,13 @@ class Subject:
         return mean(count_flops(self.step) for _ in range(draws))
 
     def saved(self, draws: int) -> float:
-        found = []
+        kept = []
         for step in range(draws):
             set_step_(self.model, step)
             if self.search is not None:
                 self.search.sample()
-            found.append(saved_bytes(self.model, self.forward))
-        return mean(found)
+            kept.append(saved_bytes(self.model, self.forward))
+        return mean(kept)
 
 
 def rows_of(name: str, image: torch.Tensor, rounds: int, draws: int) -> list[tuple]:
@@ -114,12 +113,12 @@ def table(rows: list[tuple]) -> list[str]:
 
 
 def over_a_search(rows: list[tuple]) -> list[str]:
-    found = {(name, key): (flops, median(times)) for name, key, flops, _, times in rows}
+    measured = {(name, key): (flops, median(times)) for name, key, flops, _, times in rows}
     lines = ['| backbone | search | FLOPs | time |', '|---|---|---:|---:|']
-    for (name, key), start in found.items():
+    for (name, key), start in measured.items():
         kind, _, when = key.rpartition(', ')
         if when == 'at its beginning':
-            end = found.get((name, f'{kind}, all settled'), start)
+            end = measured.get((name, f'{kind}, all settled'), start)
             flops, seconds = (0.75 * first + 0.25 * last for first, last in zip(start, end, strict=True))
             lines.append(f'| {name} | {kind} | {flops:.2f} | {seconds:.2f} |')
     return lines
@@ -142,7 +141,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == 'cuda' else threads
     text = ['# What a search costs', '', ' '.join(__doc__.split('    python')[0].split()), '',
             f'Made by `python benchmarks/search_cost.py`: 2×3×{args.size}×{args.size}, {where}, '
-            f'torch {torch.__version__}. Everything in parts of the baseline\'s.', '',
+            f'torch {torch.__version__}. Everything as a share of the baseline\'s.', '',
             '## A step', '', *table(rows), '', '## A whole search', '',
             'On average over its steps; a baseline run of the same length is 1.', '', *over_a_search(rows), '']
     args.out.write_text('\n'.join(text))

@@ -9,8 +9,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from torch import nn
 
-from ..search import searched_setting
-from ..search.search_space import NAME
+from ..search import LearnedPlan, searched_setting
 from .checkpoint import read_checkpoint
 from .config import searches_of, set_unused_
 from .errors import UserError
@@ -27,11 +26,11 @@ def searched_module(model: nn.Module) -> tuple[str, nn.Module] | None:
     Raises:
         UserError: there are several.
     """
-    found = [(name, module) for name, module in model.named_modules() if searched_setting(module) is not None]
-    if len(found) > 1:
-        raise UserError(f'model: {" and ".join(name for name, _ in found)} have a search each, and a run has one; give '
-                        'the others a plan such as EveryKth, or a transfer such as Tensors')
-    return found[0] if found else None
+    searched = [(name, module) for name, module in model.named_modules() if searched_setting(module) is not None]
+    if len(searched) > 1:
+        raise UserError(f'model: {" and ".join(name for name, _ in searched)} have a search each, and a run has one; '
+                        'give the others a plan such as EveryKth, or a transfer such as Tensors')
+    return searched[0] if searched else None
 
 
 def check_search(cfg: Config, model: nn.Module) -> None:
@@ -40,17 +39,18 @@ def check_search(cfg: Config, model: nn.Module) -> None:
     Raises:
         UserError: the search is longer than the run, or what it can't do: FSDP, DeepSpeed, compiling, a static graph.
     """
-    found = searched_module(model)
-    if found is None:
+    searched = searched_module(model)
+    if searched is None:
         return
-    setting, loop, wrapper = searched_setting(found[1]), cfg.get('train_cfg') or {}, cfg.get('model_wrapper_cfg') or {}
+    setting = searched_setting(searched[1])
+    loop, wrapper = cfg.get('train_cfg') or {}, cfg.get('model_wrapper_cfg') or {}
     _check_length(setting, loop)
     kind = wrapper.get('type', 'MMDistributedDataParallel')
     if cfg.get('runner_type', 'Runner') != 'Runner' or kind != 'MMDistributedDataParallel':
         raise UserError(f'{setting}: a search runs in one process or under DDP, not with '
                         f'{cfg.get("runner_type") or kind}; search with MMEngine\'s Runner, then train what it finds '
                         'with any')
-    if not hasattr(found[1], NAME):
+    if not isinstance(setting, LearnedPlan):
         return
     if cfg.get('compile'):
         raise UserError(f'{setting}: what runs changes with every step, so a search can\'t be compiled; leave compile '
@@ -126,10 +126,11 @@ def drop_parameters_(optim_wrapper: OptimWrapper, schedulers: list[_ParamSchedul
 
 def _check_length(setting: Any, loop: Mapping[str, Any]) -> None:
     """What can be said about the length before the data set is there."""
-    epochs, iters = loop.get('max_epochs'), loop.get('max_iters')
-    if setting.settings.epochs is not None and epochs is None:
+    schedule = setting.schedule
+    if schedule.epochs is not None and loop.get('max_epochs') is None:
         raise UserError(f'{setting}: the training counts iterations, not epochs; give the search iters=...')
-    for name, mine, most in (('epochs', setting.settings.epochs, epochs), ('iters', setting.settings.iters, iters)):
+    for name, mine in (('epochs', schedule.epochs), ('iters', schedule.iters)):
+        most = loop.get(f'max_{name}')
         if mine is not None and most is not None and mine > most:
             raise UserError(f'{setting}: the search of {mine} {name} is longer than the run of {most} '
                             f'(train_cfg.max_{name}); shorten it or train longer')

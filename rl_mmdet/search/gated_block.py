@@ -1,7 +1,7 @@
 """Gated blocks: a block and the computing layer that could stand there, side by side while a plan is being learned."""
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partialmethod
 from typing import Any
 
 import torch
@@ -15,19 +15,19 @@ from ..replacement.computing_layer import ComputingLayer
 
 @dataclass
 class Gate:
-    """Which of the two runs, and whether the other one runs as well.
+    """Whether the block or the computing layer runs, and whether the other one runs as well.
 
     Args:
         replace: g; the computing layer runs, else the block.
         leaf: a number that gets the gradient with respect to g; None if it isn't wanted.
-        settled: only one of them runs from now on.
-        fresh: no gate was drawn yet: the computing layer runs without gradient, too, so that its BatchNorm statistics
-            can be recalibrated.
+        alone: only that one runs. Else the other one runs, too, without gradient.
+        drawn: False as long as no gate was drawn. Both run then, so that BatchNorm statistics of both can be
+            recalibrated.
     """
     replace: bool = False
     leaf: Tensor | None = None
-    settled: bool = False
-    fresh: bool = True
+    alone: bool = False
+    drawn: bool = False
 
 
 class GatedBlock(nn.Module):
@@ -49,29 +49,24 @@ class GatedBlock(nn.Module):
     replaced: ComputingLayer
     gate: Gate
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new, (plain_class(self),), self.__dict__
-
     def _run_gated(self, method: str, *args: Any, **kwargs: Any) -> Any:
         gate = self.gate
         chosen = self._run_one(gate.replace, method, *args, **kwargs)
-        if gate.settled or not (torch.is_grad_enabled() or gate.fresh):
+        if gate.alone or (gate.drawn and not torch.is_grad_enabled()):
             return chosen
         with torch.no_grad():
             other = self._run_one(not gate.replace, method, *args, **kwargs)
         if gate.leaf is None:
-            if gate.fresh and torch.is_grad_enabled():
+            if not gate.drawn and torch.is_grad_enabled():
                 warnings.warn('a model whose plan is to be learned runs with gradient, but no gates were drawn: it is '
                               'the unreplaced model; training needs SearchHook or a BlockSearch', stacklevel=2)
             return chosen
         sign = 1 if gate.replace else -1
-
-        def gated(one: Any, another: Any) -> Any:
-            return _Gated.apply(one, another, gate.leaf, sign) if isinstance(one, Tensor) else one
-
-        return tree_map(gated, chosen, other)
+        return tree_map(lambda one, another: _Gated.apply(one, another, gate.leaf, sign) if isinstance(one, Tensor)
+                        else one, chosen, other)
 
     def _run_one(self, replace: bool, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What the computing layer, or the block, makes of these inputs."""
         if replace:
             return getattr(self.replaced, method)(*args, **kwargs)
         return getattr(plain_class(self), method)(self, *args, **kwargs)
@@ -116,16 +111,6 @@ def plain_class(block: GatedBlock) -> type[nn.Module]:
 
 @cache
 def _gated_class(cls: type[nn.Module]) -> type[GatedBlock]:
-    ways = {name: _gated(name) for name in ('forward', *other_ways_forward(cls))}
+    """The class of gated blocks of a class: all its ways forward run through the gate."""
+    ways = {name: partialmethod(GatedBlock._run_gated, name) for name in ('forward', *other_ways_forward(cls))}
     return type(cls.__name__, (GatedBlock, cls), ways)
-
-
-def _gated(method: str) -> Any:
-    def run(self: GatedBlock, *args: Any, **kwargs: Any) -> Any:
-        return self._run_gated(method, *args, **kwargs)
-    return run
-
-
-def _new(cls: type[nn.Module]) -> GatedBlock:
-    gated = _gated_class(cls)
-    return gated.__new__(gated)

@@ -7,13 +7,14 @@ from typing import Any
 from torch import nn
 
 from ..replacement import PLANS, ReplacementReport
-from ..replacement.chain import Chain, Choice
+from ..replacement.chain import Chain, Choice, Place
+from ..replacement.checks import check_number
 from ..replacement.computing_layer import LayerSettings
 from ..replacement.fusions import OwnWeights
 from ..replacement.plans import Plan
 from ..replacement.plans.plan import add_
 from ..replacement.surgery import check_fusion, check_some
-from .search_settings import SearchSettings, check_seed
+from .schedule import SearchSchedule
 from .search_space import SearchSpace
 from .share_limit import ShareLimit
 
@@ -23,21 +24,21 @@ DRAWS = 100
 
 @PLANS.register_module()
 class LearnedPlan(Plan):
-    r"""A policy network learns which blocks are replaced, so that a budget is kept, in the first part of a training.
+    r"""A policy network learns which blocks are replaced, under a budget, in the first part of a training.
 
-    In that part, the search, every block that can be replaced computes
+    In that part, the search, every open block computes
     :math:`h_{out} = B(h) + g\,(C(h) - B(h))` with a gate :math:`g ∈ \{0, 1\}` that
-    :class:`~rl_mmdet.search.policy.Policy` draws anew in every step; C is the computing layer that could stand there.
-    Weights and policy learn at the same time. From the middle of the search on the gates are settled one by one, the
-    most certain first, and a settled block runs one branch only. At its end all are, the budget is kept, and the model
-    becomes the ordinary replaced one of ``plan=dict(type='Blocks', ...)``, which trains on.
+    :class:`~rl_mmdet.search.policy.Policy` draws anew in every step; B is the block and C the computing layer that
+    could stand there. Weights and policy learn at the same time. From the middle of the search on the gates are settled
+    one by one, the most certain first, and of a settled block only B or C runs. When all are settled, the budget is
+    kept, and the model becomes the ordinary replaced one of ``plan=dict(type='Blocks', ...)``, which trains on.
 
     Args:
         budget, image_size: see :class:`~rl_mmdet.search.share_limit.ShareLimit`; as few blocks are replaced as keep it.
-        epochs, iters, temperature, lr, seed: see :class:`~rl_mmdet.search.search_settings.SearchSettings`.
+        epochs, iters, temperature, lr, seed: see :class:`~rl_mmdet.search.schedule.SearchSchedule`.
 
     Raises:
-        ValueError: a value out of range, or both ``epochs`` and ``iters``; when applied: no choice reaches the budget.
+        ValueError: a value out of range, or both ``epochs`` and ``iters``; when applied: no choice keeps the budget.
 
     Source: the policy and its gates are those of SWR, arXiv 2302.13435; choosing blocks to replace by them is ours.
     """
@@ -48,7 +49,7 @@ class LearnedPlan(Plan):
                  image_size: Sequence[int] = (256, 256)) -> None:
         with _named('LearnedPlan'):
             self.limit = ShareLimit(budget, image_size)
-            self.settings = SearchSettings(epochs, iters, temperature, lr, seed)
+            self.schedule = SearchSchedule(epochs, iters, temperature, lr, seed)
 
     def carry_out_(self, model: nn.Module, chains: Mapping[str, Chain], settings: LayerSettings) -> ReplacementReport:
         """Put a computing layer beside every block that can be replaced, in place; a search is to choose."""
@@ -66,7 +67,7 @@ class LearnedPlan(Plan):
         return ReplacementReport(SearchSpace(model, chains, self, savings, settings).rows)
 
     def _arguments(self) -> str:
-        return f'{self.limit}{self.settings}'
+        return f'{self.limit}{self.schedule}'
 
 
 @PLANS.register_module()
@@ -78,42 +79,40 @@ class RandomPlan(Plan):
         seed: of the draw.
 
     Raises:
-        ValueError: a value out of range; when chosen: no choice reaches the budget.
+        ValueError: a value out of range; when chosen: no choice keeps the budget.
     """
 
     def __init__(self, budget: Mapping[str, float], seed: int = 0, image_size: Sequence[int] = (256, 256)) -> None:
         with _named('RandomPlan'):
             self.limit = ShareLimit(budget, image_size)
-            self.seed = check_seed(seed)
+            self.seed = check_number('seed', seed, whole=True, least=0)
 
     def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
         if model is None:
             raise ValueError('RandomPlan: it measures the model, so it needs one; use it as the plan of '
                              'replace_blocks_()')
-        places = [(name, index) for name, chain in chains.items() for index in chain.replaceable()]
-        if not places:
+        if not any(chain.replaceable() for chain in chains.values()):
             return {name: [] for name in chains}
         with _named(self):
-            savings = self.limit.savings(chains, model, settings)
-        saving = [place for place, value in zip(places, savings, strict=True) if value > 0]
+            places = list(self.limit.savings(chains, model, settings))
         generator, left = random.Random(self.seed), self.limit.left_with(model, settings)
         for _ in range(DRAWS):
-            choice = self._draw(chains, generator.sample(saving, len(saving)), left)
+            choice = self._first_that_keep_it(chains, generator.sample(places, len(places)), left)
             if left(choice) <= self.limit.share:
                 return choice
         raise ValueError(f'{self}: {DRAWS} draws found no choice that keeps the budget: too many of the blocks exclude '
                          'each other')
 
-    def _draw(self, chains: Mapping[str, Chain], drawn: list[tuple[str, int]],
-              left: Callable[[Choice], float]) -> Choice:
-        """The first of the blocks that keep the budget, without those that turn out to be needless."""
+    def _first_that_keep_it(self, chains: Mapping[str, Chain], drawn: Sequence[Place],
+                            left: Callable[[Choice], float]) -> Choice:
+        """The first of the drawn blocks with which the budget is kept, without those that turn out to be needless."""
         choice: Choice = {name: [] for name in chains}
-        for name, index in drawn:
+        for chain, index in drawn:
             if left(choice) <= self.limit.share:
                 break
-            add_(choice, chains, name, index)
-        for name, index in drawn:
-            less = choice | {name: [other for other in choice[name] if other != index]}
+            add_(choice, chains, chain.name, index)
+        for chain, index in drawn:
+            less = choice | {chain.name: [other for other in choice[chain.name] if other != index]}
             if left(less) <= self.limit.share:
                 choice = less
         return choice

@@ -1,4 +1,4 @@
-"""The search space of a learned plan: the blocks of a model of which it is open whether they are replaced."""
+"""The search space of a learned plan: the blocks of a model that may be replaced, each beside its computing layer."""
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,93 +8,93 @@ from torch import Tensor, nn
 from ..replacement.chain import Chain, Choice, Place, describe_replaceable
 from ..replacement.computing_layer import ComputingLayer, LayerSettings
 from ..replacement.plans.trial import copy_around_parameters
-from ..replacement.report import ReplacementReport, describe_blocks, with_layers
+from ..replacement.report import BlockRow, ReplacementReport, describe_blocks, with_layers
 from ..replacement.surgery import prepare_followers_
-from .gated_block import GatedBlock, gate_, ungate_
+from .gated_block import Gate, GatedBlock, gate_, ungate_
 
 NAME = 'search_space'
 """Attribute of a model that is being searched."""
 
 
 class SearchSpace:
-    """All blocks that can be replaced, each with the computing layer that could stand there beside it.
+    """The open blocks of a model: those of which it is still to be chosen whether they are replaced.
 
     Args:
-        model: its blocks become gated ones, in place, see :class:`~.gated_block.GatedBlock`; the space is kept as its
-            attribute ``search_space``. A deep copy of the model has its own.
+        model: its open blocks become gated ones, in place (:class:`~.gated_block.GatedBlock`). The space is kept as its
+            attribute ``search_space``; a deep copy of the model has its own.
         chains: of the model.
         plan: that is to be learned.
-        savings: what replacing each of the blocks would save, in the plan's unit.
+        savings: which share replacing each of the open blocks would save.
         settings: of the computing layers.
 
     Attributes:
-        places: where these blocks stand, in the model's order. Gates and probabilities are counted like this.
+        places: where the open blocks stand, in the model's order. Gates and savings are counted like this.
+        rows: of the report, one per block of the model.
     """
 
-    def __init__(self, model: nn.Module, chains: Mapping[str, Chain], plan: Any,
-                 savings: Sequence[float], settings: LayerSettings) -> None:
+    def __init__(self, model: nn.Module, chains: Mapping[str, Chain], plan: Any, savings: Mapping[Place, float],
+                 settings: LayerSettings) -> None:
         self.chains = dict(chains)
         self.plan = plan
-        self.savings = list(savings)
-        self.places = [Place(chain, index) for chain in chains.values() for index in chain.replaceable()]
-        self.rows = tuple(replace(row, open=row.reason is None) for row in describe_blocks(self.chains, {}))
+        self.places, self.savings = list(savings), list(savings.values())
+        self.rows = tuple(map(self._open_or_not, describe_blocks(self.chains, {})))
         layers = [ComputingLayer(chain, index, {chain.name: [index]}, settings, copy_around_parameters(block))
                   for (chain, index), block in zip(self.places, self.blocks, strict=True)]
-        for place, layer in zip(self.places, layers, strict=True):
-            gate_(place.block, layer)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            gate_(block, layer)
         setattr(model, NAME, self)
 
     @property
     def blocks(self) -> list[GatedBlock]:
         return [place.block for place in self.places]
 
-    @property
-    def open(self) -> bool:
-        """Whether a choice is still to be made."""
-        return any(isinstance(block, GatedBlock) for block in self.blocks)
-
-    def choice(self, replaced: Sequence[bool]) -> Choice:
-        """The choice that replaces these of the blocks."""
+    def choice(self, gates: Sequence[bool]) -> Choice:
+        """The blocks with open gates, by chain name."""
         choice: Choice = {name: [] for name in self.chains}
-        for (chain, index), wanted in zip(self.places, replaced, strict=True):
-            if wanted:
+        for (chain, index), gate in zip(self.places, gates, strict=True):
+            if gate:
                 choice[chain.name].append(index)
         return choice
 
-    def fits(self, replaced: Sequence[bool]) -> bool:
-        """Whether these blocks can be replaced together."""
-        choice = self.choice(replaced)
+    def fits(self, gates: Sequence[bool]) -> bool:
+        """Whether the blocks with open gates can be replaced together."""
+        choice = self.choice(gates)
         return not any(chain.why_not(index, choice) for chain in self.chains.values() for index in choice[chain.name])
 
-    def set_gates(self, replaced: Sequence[bool], leaves: Sequence[Tensor | None] | None = None,
+    def set_gates(self, gates: Sequence[bool], leaves: Sequence[Tensor | None] | None = None,
                   settled: Sequence[bool] | None = None) -> None:
-        """Let these blocks be replaced from now on, and each computing layer use the blocks that are kept now.
+        """Let the computing layer run where a gate is open, on the weights of blocks that are kept now, else the block.
 
-        A block that can't be replaced beside these runs alone in the meantime.
+        Of a block that can't be replaced beside the others only the block runs.
 
         Args:
-            replaced: blocks that fit together.
+            gates: of blocks that fit together.
             leaves: tensors that get the gradients with respect to the gates; none by default.
-            settled: blocks of which only the one that is chosen runs; none by default.
+            settled: which blocks run only what their gate says; none by default.
         """
-        choice = self.choice(replaced)
-        for number, (chain, index) in enumerate(self.places):
-            gate = chain.blocks[index].gate
-            gate.replace, gate.fresh = replaced[number], False
-            gate.leaf = None if leaves is None else leaves[number]
-            gate.settled = settled is not None and settled[number]
-            if not replaced[number] and not gate.settled:
+        choice = self.choice(gates)
+        leaves, settled = leaves or [None] * len(gates), settled or [False] * len(gates)
+        for (chain, index), gate, leaf, alone in zip(self.places, gates, leaves, settled, strict=True):
+            if not gate and not alone:
                 beside = choice | {chain.name: sorted([*choice[chain.name], index])}
-                gate.settled = chain.why_not(index, beside) is not None
-            if replaced[number] or not gate.settled:
-                chain.blocks[index].replaced.take_from(chain, index, choice)
+                alone = chain.why_not(index, beside) is not None
+            block = chain.blocks[index]
+            block.gate = Gate(gate, leaf, alone, drawn=True)
+            if gate or not alone:
+                block.replaced.take_from(chain, index, choice)
+
+    def _open_or_not(self, row: BlockRow) -> BlockRow:
+        """A block's row, which says that it is open, or why it isn't."""
+        if row.reason is None and row.name not in {place.name for place in self.places}:
+            return replace(row, reason=f'that would save no {self.plan.limit.name}')
+        return replace(row, open=row.reason is None)
 
 
 def finish_search_(model: nn.Module, choice: Mapping[str, Sequence[int]]) -> ReplacementReport:
     """Turn a model that is being searched into the replaced model with this choice, in place.
 
-    All tensors that are left stay the same objects: optimizers go on with them. The computing layers of blocks that are
-    kept, and the blocks that are replaced, are gone.
+    All tensors that are left stay the same objects, so that optimizers go on with them. The computing layers of blocks
+    that are kept, and the blocks that are replaced, are gone.
 
     Args:
         model: with a :class:`SearchSpace`.
@@ -104,7 +104,7 @@ def finish_search_(model: nn.Module, choice: Mapping[str, Sequence[int]]) -> Rep
         As :func:`~rl_mmdet.replacement.replace_blocks_`.
 
     Raises:
-        ValueError: a block isn't one of the space's. The model is then untouched.
+        ValueError: a block isn't open. The model is then untouched.
     """
     space: SearchSpace = getattr(model, NAME)
     known = {(chain.name, index) for chain, index in space.places}

@@ -1,4 +1,4 @@
-"""How much of a quantity of the unreplaced model a choice of blocks may leave."""
+"""How much of a quantity of the unreplaced model may be left when blocks are replaced."""
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,18 +12,21 @@ from ..replacement.operators import FullBlock
 from ..replacement.plans.plan import add_
 from ..replacement.plans.trial import forward_flops, replaced_twin
 from ..replacement.saved_bytes import saved_bytes
-from .search_settings import is_pair
+from .schedule import is_pair
 
 QUANTITIES = dict(params='learnable parameters', flops='forward FLOPs', saved_bytes='bytes saved for backward')
 
 
 class ShareLimit:
-    """The most that may be left of a quantity of the model that is replaced in (the backbone).
+    """The largest share of a quantity of the model (the backbone) that may be left.
 
     Args:
         budget: one of ``dict(params=0.7)``, learnable parameters; ``flops``, of one forward run in eval mode;
             ``saved_bytes``, what one forward run in training mode keeps for backward; above 0 and below 1.
         image_size: height and width of the one image that the last two are counted on, in pixels.
+
+    Attributes:
+        quantity, share: key and value of ``budget``.
 
     Raises:
         ValueError: an unknown quantity, none or several, or a value out of range.
@@ -42,6 +45,7 @@ class ShareLimit:
 
     @property
     def name(self) -> str:
+        """The quantity in words."""
         return QUANTITIES[self.quantity]
 
     def measure(self, model: nn.Module) -> float:
@@ -53,23 +57,23 @@ class ShareLimit:
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def left_with(self, model: nn.Module, settings: LayerSettings) -> Callable[[Choice], float]:
-        """What tells how much is left of it with a choice of blocks replaced by such layers."""
+        """A function that tells which share is left with some blocks of ``model`` replaced by such layers."""
         whole = self.measure(replaced_twin(model, {}, settings))
         return lambda choice: self.measure(replaced_twin(model, choice, settings)) / whole
 
-    def savings(self, chains: Mapping[str, Chain], model: nn.Module, settings: LayerSettings) -> list[float]:
-        """What replacing each block that can be replaced saves alone; negative where it costs more.
+    def savings(self, chains: Mapping[str, Chain], model: nn.Module, settings: LayerSettings) -> dict[Place, float]:
+        """Which share each block saves if it alone is replaced; only blocks that save something.
 
         Raises:
-            ValueError: no choice reaches the budget, or the model can't run on the image.
+            ValueError: too much is left with all of them replaced, or the model can't run on the image.
         """
         places = [Place(chain, index) for chain in chains.values() for index in chain.replaceable()]
         left = self.left_with(model, settings)
-        savings = [1 - left({chain.name: [index]}) for chain, index in places]
+        alone = {place: 1 - left({place.chain.name: [place.index]}) for place in places}
+        savings = {place: saving for place, saving in alone.items() if saving > 0}
         most: Choice = {name: [] for name in chains}
-        for (chain, index), saving in zip(places, savings, strict=True):
-            if saving > 0:
-                add_(most, chains, chain.name, index)
+        for chain, index in savings:
+            add_(most, chains, chain.name, index)
         lowest = left(most)
         if lowest > self.share:
             raise ValueError(f'the budget can\'t be reached: with {sum(map(len, most.values()))} blocks replaced, all '
@@ -78,6 +82,7 @@ class ShareLimit:
         return savings
 
     def _hint(self, settings: LayerSettings) -> str:
+        """What else saves this quantity, to be appended to a message; may be empty."""
         if self.quantity == 'flops' and isinstance(settings.operator, FullBlock):
             return '; FullBlock computes all that the removed block did: take a light operator'
         if self.quantity == 'saved_bytes' and not settings.gradient.recompute:

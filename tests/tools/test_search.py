@@ -5,6 +5,7 @@ import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def predict(run_tool, tmp_path) -> Callable[..., list]:
         work = out.with_suffix('')
         status, captured = run_tool('test')(config, checkpoint, '--work-dir', work, '--out', out, '--cfg-options',
                                             f'experiment_name={tmp_path.name}_{out.stem}',
-                                 f'visualizer.name={tmp_path.name}_{out.stem}', *options)
+                                            f'visualizer.name={tmp_path.name}_{out.stem}', *options)
         assert status == 0, captured.err[-2000:]
         found = [sample['pred_instances'] for sample in pickle.loads(out.read_bytes())]
         assert all(len(sample['scores']) for sample in found)
@@ -107,25 +108,19 @@ def assert_same_predictions(one: list, other: list, **tolerance: float) -> None:
             torch.testing.assert_close(value, others[name], **(tolerance or dict(rtol=0, atol=0)))
 
 
-def test_a_trained_search_is_tested_alike_by_its_own_and_by_the_found_config(whole, config, predict):
+def test_a_trained_search_is_tested_by_its_own_and_by_the_found_config_and_materialized(
+        whole, config, predict, run_tool, write_tiny_config, tmp_path):
     checkpoint = whole / f'epoch_{EPOCHS}.pth'
-    one, score = predict(config, checkpoint)
-    other, same_score = predict(found_config(whole, config), checkpoint)
-    assert_same_predictions(one, other)
+    own, score = predict(config, checkpoint)
+    found, same_score = predict(found_config(whole, config), checkpoint)
+    assert_same_predictions(own, found)
     assert score == same_score
-
-
-def test_materialized_it_is_a_baseline_that_predicts_the_same(whole, config, predict, run_tool, write_tiny_config,
-                                                              tmp_path):
-    status, captured = run_tool('materialize')(config, whole / f'epoch_{EPOCHS}.pth', tmp_path / 'plain.pth')
+    status, captured = run_tool('materialize')(config, checkpoint, tmp_path / 'plain.pth')
     assert status == 0, captured.err[-2000:]
-    blocks = sum(map(len, plan(whole, config)['blocks'].values()))
-    assert f'{blocks} computing layers are plain blocks now' in captured.out
+    assert f'{sum(map(len, plan(whole, config)["blocks"].values()))} computing layers are plain blocks' in captured.out
     baseline = write_tiny_config(tmp_path, 'atss_r34_fpn_digits.py', BASELINE)
-    root = str(Path(config).parent / 'digits') + '/'
-    one, _ = predict(baseline, tmp_path / 'plain.pth', f'data_root={root}')
-    other, _ = predict(config, whole / f'epoch_{EPOCHS}.pth')
-    assert_same_predictions(one, other, rtol=1e-3, atol=1e-3)
+    plain, _ = predict(baseline, tmp_path / 'plain.pth', f'data_root={Path(config).parent}/digits/')
+    assert_same_predictions(plain, own, rtol=1e-3, atol=1e-3)
 
 
 def test_ctrl_c_in_the_search_is_one_word_and_the_resumed_run_ends_as_if_nothing_had_been(
@@ -143,53 +138,29 @@ def test_ctrl_c_in_the_search_is_one_word_and_the_resumed_run_ends_as_if_nothing
     assert status == 0, captured.err[-2000:]
     assert plan(work, config) == plan(whole, config)
     one, other = (read_checkpoint(f'{each}/epoch_{EPOCHS}.pth')['state_dict'] for each in (work, whole))
-    assert list(one) == list(other)
     assert [name for name, value in other.items() if not torch.equal(one[name], value)] == []
 
 
-def test_a_run_that_was_resumed_after_its_search_is_tested_with_the_searchs_config(train, whole, config, predict,
-                                                                                   tmp_path):
-    status, captured = train(config, tmp_path / 'work', '--resume', whole / 'epoch_3.pth')
-    assert status == 0, captured.err[-2000:]
-    one, _ = predict(config, tmp_path / 'work' / f'epoch_{EPOCHS}.pth')
-    other, _ = predict(config, whole / f'epoch_{EPOCHS}.pth')
-    assert_same_predictions(one, other)
+def assert_one_line(status: int, captured: Any, *said: str) -> None:
+    assert status == 1
+    [line] = [line for line in captured.err.splitlines() if line.startswith('error: ')]
+    assert all(each in line for each in said), line
+    assert 'Traceback' not in captured.err
 
 
 @pytest.mark.parametrize(('tool', 'out', 'advice'), [('test', [], 'train until the search has ended'),
                                                      ('materialize', ['plain.pth'], 'finish the search first')])
-def test_what_was_saved_during_the_search_is_refused_in_one_line(whole, config, run_tool, tmp_path, tool, out,
-                                                                 advice):
-    status, captured = run_tool(tool)(config, whole / 'epoch_1.pth', *out)
-    assert status == 1
-    [line] = [line for line in captured.err.splitlines() if line.startswith('error: ')]
-    assert 'epoch_1.pth' in line and advice in line
-    assert 'Traceback' not in captured.err
+def test_what_was_saved_during_the_search_is_refused(whole, config, run_tool, tmp_path, tool, out, advice):
+    assert_one_line(*run_tool(tool)(config, whole / 'epoch_1.pth', *out), 'epoch_1.pth', advice)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(('option', 'complaint'), [
-    ('model.backbone.replacement.plan.epochs=5', 'the search of 5 epochs is longer than the run of 4'),
-    ('model.backbone.replacement.plan.budget.params=0.05', "the budget can't be reached"),
-    ('compile=True', "a search can't be compiled"),
-])
-def test_a_search_that_cannot_be_run_is_one_line_and_nothing_is_written(train, config, tmp_path, option, complaint):
-    status, captured = train(config, tmp_path / 'work', options=(option, ))
-    assert status == 1
-    [line] = [line for line in captured.err.splitlines() if line.startswith('error: ')]
-    assert complaint in line
-    assert 'Traceback' not in captured.err
+def test_a_search_that_cannot_be_run_is_refused_and_nothing_is_written(train, whole, config, tmp_path):
+    assert_one_line(*train(config, tmp_path / 'work', options=('compile=True', )), "a search can't be compiled")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_resuming_with_a_longer_training_is_one_line(train, whole, config, tmp_path):
-    """Half of it would be a longer search."""
-    status, captured = train(config, tmp_path / 'work', '--resume', whole / 'epoch_1.pth',
-                             options=('train_cfg.max_epochs=6', ))
-    assert status == 1
-    [line] = [line for line in captured.err.splitlines() if line.startswith('error: ')]
-    assert line.startswith('error: resume: the search was to take 4 steps and would now take 6')
-    assert 'Traceback' not in captured.err
+    assert_one_line(*train(config, tmp_path / 'work', '--resume', whole / 'epoch_1.pth',
+                           options=('train_cfg.max_epochs=6', )),
+                    'error: resume: the search was to take 4 steps and would now take 6')
 
 
 def test_the_cost_of_a_plan_is_known_when_it_has_been_found(whole, config, write_tiny_config, tmp_path):

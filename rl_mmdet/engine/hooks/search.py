@@ -1,5 +1,5 @@
 """A search inside a run: for the blocks to replace, or for the tensors to update."""
-from functools import partial
+from typing import Any
 
 from mmdet.registry import HOOKS
 from mmengine.config import ConfigDict
@@ -11,7 +11,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from ...replacement import computing_layers
-from ...search import BlockSearch, LearnedPlan, TensorSearch, begin_search, searched_setting
+from ...search import LearnedPlan, Search, begin_search, searched_setting
 from ..config import set_unused_
 from ..detectors import plain_model
 from ..errors import UserError
@@ -47,17 +47,17 @@ class SearchHook(Hook):
     def __init__(self, interval: int = 50, find_unused_parameters: bool = False, found: dict | None = None) -> None:
         self.interval = interval
         self.find_unused_parameters = find_unused_parameters
-        self.search: BlockSearch | TensorSearch | None = None
+        self.search: Search | None = None
         self.found = found.to_dict() if isinstance(found, ConfigDict) else found
         self.name: str | None = None
         self.scale = 1.
         self._state: dict | None = None
 
     def before_run(self, runner: Runner) -> None:
-        found = searched_module(plain_model(runner)) if runner._train_dataloader is not None else None
-        if found is not None:
-            self.name, module = found
-            self.steps = _steps(runner, module)
+        searched = searched_module(plain_model(runner)) if runner._train_dataloader is not None else None
+        if searched is not None:
+            self.name, module = searched
+            self.steps = _steps(runner, searched_setting(module))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if self.name is None or not runner._resume:
@@ -79,8 +79,7 @@ class SearchHook(Hook):
             except (ValueError, KeyError) as error:
                 raise UserError(f'resume: {error}; resume with the settings of the run that it is from') from None
             self._state = None
-        if isinstance(self.search, TensorSearch):
-            runner.optim_wrapper.optimizer.register_step_pre_hook(partial(_look, self))
+        runner.optim_wrapper.optimizer.register_step_pre_hook(lambda *_: self.search and self.search.look())
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         if self.search is not None:
@@ -93,7 +92,7 @@ class SearchHook(Hook):
         if self.search is None:
             return
         self.search.learn(self._reduce, broadcast)
-        runner.message_hub.update_scalar('train/settled', self.search.settled)
+        runner.message_hub.update_scalar('train/settled', self.search.num_settled)
         if self.every_n_train_iters(runner, self.interval) or self.search.done:
             scalars = {f'search/{self.name}.{unit}': value for unit, value in self.search.scalars().items()}
             runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
@@ -158,11 +157,6 @@ class SearchHook(Hook):
         print_log(f'the config with what was found: {path}', 'current')
 
 
-def _look(hook: SearchHook, *_: object) -> None:
-    if hook.search is not None:
-        hook.search.look()
-
-
 def _copy_statistics_(model: nn.Module, average: nn.Module) -> None:
     """The statistics of computing layers' norms that don't train, which are new."""
     others = computing_layers(average)
@@ -172,11 +166,11 @@ def _copy_statistics_(model: nn.Module, average: nn.Module) -> None:
                 theirs.get_buffer(key).copy_(buffer)
 
 
-def _steps(runner: Runner, module: nn.Module) -> int:
-    setting = searched_setting(module)
+def _steps(runner: Runner, setting: Any) -> int:
+    """Length of the search for a plan or a transfer, in iterations."""
     per_epoch = len(runner.train_dataloader) if isinstance(runner.train_loop, EpochBasedTrainLoop) else None
     try:
-        return setting.settings.steps(runner.max_iters, per_epoch)
+        return setting.schedule.steps(runner.max_iters, per_epoch)
     except ValueError as error:
         raise UserError(f'{setting}: {error}') from None
 

@@ -1,0 +1,77 @@
+"""How long a search is, and how its policy learns."""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..replacement.checks import check_number
+from .policy import Policy
+from .units import Unit
+
+
+@dataclass(frozen=True)
+class SearchSchedule:
+    """How long a search is, and how its policy learns.
+
+    Args:
+        epochs, iters: length of the search; give one, or none for the first half of the training.
+        temperature: of the policy, at the first and at the last step.
+        lr: learning rate of the policy.
+        seed: of the policy's network and of the gates it draws.
+
+    Raises:
+        ValueError: a value out of range, or both ``epochs`` and ``iters``.
+    """
+    epochs: int | None = None
+    iters: int | None = None
+    temperature: Sequence[float] = (1., 0.2)
+    lr: float = 0.03
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.iters is not None:
+            raise ValueError(f'epochs={self.epochs!r} and iters={self.iters!r} both say how long the search is; leave '
+                             'one out')
+        for name, value in self._length().items():
+            check_number(name, value, whole=True, least=1)
+        if not is_pair(self.temperature):
+            raise ValueError(f'temperature must be two numbers above 0, got {self.temperature!r}')
+        for value in self.temperature:
+            check_number('temperature', value, above=0)
+        check_number('lr', self.lr, above=0)
+        check_number('seed', self.seed, whole=True, least=0)
+
+    def steps(self, run: int, per_epoch: int | None) -> int:
+        """Length of the search in iterations.
+
+        Args:
+            run: length of the whole training in iterations.
+            per_epoch: iterations of an epoch; None if the training doesn't count epochs.
+
+        Raises:
+            ValueError: the search is longer than the training, or counts epochs where the training doesn't.
+        """
+        if self.epochs is not None and per_epoch is None:
+            raise ValueError('the training counts iterations, not epochs; give the search iters=...')
+        steps = self.iters or max(1, run // 2) if self.epochs is None else self.epochs * per_epoch
+        if steps > run:
+            raise ValueError(f'the search of {steps} iterations is longer than the run of {run}; shorten it or train '
+                             'longer')
+        return steps
+
+    def policy(self, units: Sequence[Unit], limit: float, steps: int, tolerance: float,
+               fits: Callable[[list[bool]], bool] = lambda gates: True) -> Policy:
+        """A new policy that learns like this; arguments as for :class:`~.policy.Policy`."""
+        return Policy(units, limit, steps, tolerance, tuple(self.temperature), self.lr, self.seed, fits)
+
+    def _length(self) -> dict[str, int]:
+        """``epochs`` or ``iters``, whichever was given."""
+        return {name: value for name, value in dict(epochs=self.epochs, iters=self.iters).items() if value is not None}
+
+    def __str__(self) -> str:
+        """The length as it was given, to be appended to other arguments."""
+        return ''.join(f', {name}={value}' for name, value in self._length().items())
+
+
+def is_pair(value: Any) -> bool:
+    """Whether ``value`` is a list or tuple of two."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
