@@ -9,6 +9,8 @@ import math
 import cv2
 import numpy as np
 
+from ..replacement.checks import check_number
+
 SPLITS = ('train', 'val')
 CLASSES = tuple('0123456789')
 
@@ -48,22 +50,15 @@ class SceneSettings:
     clutter: tuple[int, int] = (2, 8)
 
     def __post_init__(self) -> None:
-        _check_int('num_images', self.num_images, low=1)
-        _check_int('seed', self.seed, low=0)
+        check_number('num_images', self.num_images, whole=True, least=1)
+        check_number('seed', self.seed, whole=True, least=0)
         for name, low in dict(image_size=64, digits_per_image=1, scales=_SAMPLE_SIDE, clutter=0).items():
             object.__setattr__(self, name, _checked_pair(name, getattr(self, name), low))
-        if not isinstance(self.max_overlap, (int, float)) or not 0 <= self.max_overlap < 1:
-            raise ValueError(f'max_overlap={self.max_overlap!r}: expected a number in [0, 1).')
-        object.__setattr__(self, 'max_overlap', float(self.max_overlap))
+        object.__setattr__(self, 'max_overlap', float(check_number('max_overlap', self.max_overlap, least=0, below=1)))
         largest = math.floor((min(self.image_size) - 2) / _ROOM)
         if self.scales[1] > largest:
             raise ValueError(f'scales={self.scales}: digits of at most {largest} px fit image_size={self.image_size} '
                              f'when rotated; lower the upper scale to {largest} or enlarge the image.')
-
-
-def _check_int(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f'{name}={value!r}: expected an integer >= {low}.')
 
 
 def _checked_pair(name: str, value: tuple[int, int], low: int) -> tuple[int, int]:
@@ -72,7 +67,7 @@ def _checked_pair(name: str, value: tuple[int, int], low: int) -> tuple[int, int
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f'{name}={value!r}: expected two integers {"(width, height)" if is_size else "(low, high)"}.')
     for number in value:
-        _check_int(name, number, low)
+        check_number(name, number, whole=True, least=low)
     if not is_size and value[0] > value[1]:
         raise ValueError(f'{name}={value!r}: the lower bound exceeds the upper; swap them.')
     return tuple(value)

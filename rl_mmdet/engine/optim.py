@@ -4,6 +4,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from ..replacement import computing_layers, find_chains
+from ..replacement.checks import check_number
 from ..replacement.report import describe_blocks
 
 
@@ -52,10 +53,8 @@ class RLLayerDecayOptimWrapperConstructor(RLOptimWrapperConstructor):
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         paramwise_cfg = dict(paramwise_cfg or {})
-        self.rate = paramwise_cfg.pop('layer_decay_rate', None)
-        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 < self.rate <= 1:
-            raise ValueError('RLLayerDecayOptimWrapperConstructor: paramwise_cfg.layer_decay_rate must be a number '
-                             f'above 0 and at most 1, got {self.rate!r}')
+        self.rate = check_number('RLLayerDecayOptimWrapperConstructor: paramwise_cfg.layer_decay_rate',
+                                 paramwise_cfg.pop('layer_decay_rate', None), above=0, most=1)
         paramwise_cfg.setdefault('custom_keys', {})  # with it, MMEngine makes one group of each parameter
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 

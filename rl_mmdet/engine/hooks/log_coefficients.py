@@ -4,6 +4,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ...replacement import computing_layers
+from ...replacement.checks import check_number
 from ..detectors import plain_model
 
 
@@ -22,9 +23,7 @@ class LogCoefficientsHook(Hook):
     """
 
     def __init__(self, interval: int = 50) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f'LogCoefficientsHook: interval must be an integer of at least 1, got {interval!r}')
-        self.interval = interval
+        self.interval = check_number('LogCoefficientsHook: interval', interval, whole=True, least=1)
 
     def before_train(self, runner: Runner) -> None:
         if runner.iter == 0:

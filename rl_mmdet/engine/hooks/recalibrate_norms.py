@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ...replacement import recalibrate_norms_, stale_norms
+from ...replacement.checks import check_number
 from ..detectors import inner_detectors, plain_model
 
 
@@ -30,9 +31,7 @@ class RecalibrateNormsHook(Hook):
     """
 
     def __init__(self, num_batches: int = 20) -> None:
-        if not isinstance(num_batches, int) or num_batches < 1:
-            raise ValueError(f'RecalibrateNormsHook: num_batches must be an integer of at least 1, got {num_batches!r}')
-        self.num_batches = num_batches
+        self.num_batches = check_number('RecalibrateNormsHook: num_batches', num_batches, whole=True, least=1)
 
     def before_train(self, runner: Runner) -> None:
         self.recalibrate(runner)
