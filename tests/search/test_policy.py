@@ -89,8 +89,8 @@ WORTH = torch.randn(24, generator=torch.Generator().manual_seed(1)).exp().tolist
 def test_learns_to_spend_the_limit_where_it_does_the_most_good(sign, share):
     """The gradient at a gate is the unit's worth, in noise that is as large; within 1.2 of a greedy choice's loss."""
     limit, noise = sign * share * sum(WEIGHTS), torch.Generator().manual_seed(0)
-    searching = policy([sign * weight for weight in WEIGHTS], limit, 400)
-    learn(searching, lambda: -sign * torch.tensor(WORTH) + 2 * torch.randn(24, generator=noise), 400)
+    searching = policy([sign * weight for weight in WEIGHTS], limit, 500)
+    learn(searching, lambda: -sign * torch.tensor(WORTH) + 2 * torch.randn(24, generator=noise), 500)
     left, greedy = abs(limit), 0.
     for index in sorted(range(24), key=lambda index: -sign * WORTH[index] / WEIGHTS[index]):
         if left > 0 if sign < 0 else WEIGHTS[index] <= left:
