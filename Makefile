@@ -1,32 +1,36 @@
-# Usage: make [help | setup | test | demo | lint | clean] [PYTHON=python3.11]
+# Usage: make [help | setup | test | test-all | demo | lint | clean] [PYTHON=python3.11]
 PYTHON ?= python3
 PY := .venv/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 
 export PYTHON
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint clean .venv
+.PHONY: help setup test test-all demo lint clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
 
-# Does nothing when all is there, goes on where an interrupted run stopped.
-.venv:
-	@requirements/install.sh
+setup: .venv/ready  ## set up .venv with the tested versions (targets that need it do so themselves)
 
-setup: .venv  ## set up .venv with the tested versions (every target below that needs it does so itself)
+.venv/ready: $(wildcard requirements/*) setup.py rl_mmdet/version.py
+	requirements/install.sh
+	touch $@
 
-test: .venv  ## run the tests
-	$(PY) -m pytest -q
+test: .venv/ready  ## run the tests, in one process per core
+	$(PYTEST)
 
-demo: .venv  ## train a baseline and a replaced detector on digit scenes, and compare them
+test-all: .venv/ready  ## run the tests and the full matrices that `make test` leaves out (marked slow)
+	$(PYTEST) -m ''
+
+demo: .venv/ready  ## train a baseline and a replaced detector on digit scenes, and compare them
 	$(PY) tools/demo.py
 
-lint: .venv  ## check the style (ruff) and the direction of the imports (import-linter)
+lint: .venv/ready  ## check the style (ruff) and the direction of the imports (import-linter)
 	$(PY) -m ruff check .
 	$(PY) .venv/bin/lint-imports
 
 clean:  ## remove what builds and tests leave behind, but not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
-	find rl_mmdet tools tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks rl_mmdet tools tests configs -name __pycache__ -type d -prune -exec rm -rf {} +

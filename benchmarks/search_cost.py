@@ -3,8 +3,8 @@
 Backbones with random weights, frozen stem and first stage, BatchNorm in eval mode, SGD; one step is sampling, forward,
 backward, the optimizer's step and learning. A search for a plan is measured at its beginning, when both branches of all
 open blocks run, and when all gates are settled; on average over a search it costs three quarters of the first and a
-quarter of the second. FLOPs and bytes are means over gates, times medians of ratios to the baseline's step, taken in
-turns in one process.
+quarter of the second. FLOPs and bytes are means over gates and over steps in which replaced blocks learn and others,
+times medians of ratios to the baseline's step, taken in turns in one process.
 
     python benchmarks/search_cost.py
 """
@@ -128,7 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--size', type=int, default=256, help='side of the images, in pixels')
     parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--draws', type=int, default=8, help='gates that FLOPs and saved bytes are averaged over')
+    parser.add_argument('--draws', type=int, default=8,
+                        help='steps, each with its own gates, that FLOPs and saved bytes are averaged over')
     parser.add_argument('--backbones', nargs='+', default=list(BACKBONES), choices=list(BACKBONES))
     parser.add_argument('--out', type=Path, default=OUT)
     args = parser.parse_args()

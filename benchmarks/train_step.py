@@ -1,8 +1,8 @@
 """What a training step costs: plain and folded baseline, each way of replacing blocks, and what else saves.
 
-For backbones alone and for whole detectors, on synthetic images: trainable parameters, FLOPs, bytes saved for backward,
-peak memory, the step's time against the plain baseline's, and the part of what leaving the blocks out (skip) saves.
-All variants take turns in one process. Writes OUT.md and OUT.json after every configuration.
+For backbones alone and for whole detectors, on synthetic images: trainable parameters, FLOPs, tensor calls, bytes saved
+for backward, peak memory, the step's time against the plain baseline's, and the share of what leaving the blocks out
+(skip) saves. All variants take turns in one process. Writes OUT.md and OUT.json after every configuration.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --device cuda --resume
@@ -12,9 +12,9 @@ Variants replace, freeze, checkpoint or leave out the same blocks; NAME+fold als
 
     baseline, folded   nothing replaced, without and with fold_norm=True
     skip               the blocks left out: the yardstick
-    naive              RL-v1 by plain autograd
-    masks, rebuild, recompute    RL-v1 with sample=1/8 at these levels of memory
-    depthwise, slim, pooled      light operators: DepthwiseBlock (rebuild), SlimBlock and PooledBlock (recompute)
+    every-1, every-8   RL-v1, learning in every step (plain autograd) or in one of eight
+    recompute          every-8 with recompute=True
+    depthwise, slim    light operators: DepthwiseBlock and SlimBlock
     frozen             the blocks kept, their parameters frozen
     checkpoint         the blocks kept, each run by torch.utils.checkpoint
 """
@@ -31,39 +31,41 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rl_mmdet  # noqa: F401
 from rl_mmdet.analysis import (
-    TrainingStep,
-    backbone_step,
     count_flops,
-    counted_regions,
-    detector_step,
+    mean_over_steps,
     peak_memory,
     ratios_to,
     saved_bytes,
     seconds_in_turn,
     trainable_parameters,
 )
-from rl_mmdet.analysis.zoo.configs import ROOT as MMDET_CONFIGS
-from rl_mmdet.analysis.zoo.configs import read_config, without_synchronisation
-from rl_mmdet.analysis.zoo.reasons import short_reason
-from rl_mmdet.analysis.zoo.swap import rl_twin
 from rl_mmdet.engine import build_model
+from rl_mmdet.replacement import set_step_
+from training_step import TrainingStep, backbone_step, counted_regions, detector_step
+from zoo.configs import ROOT as MMDET_CONFIGS
+from zoo.configs import read_config, without_synchronisation
+from zoo.reasons import short_reason
+from zoo.swap import rl_twin
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLD = '+fold'
 AMP = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 FULL_SIZE = (800, 1333)
 COUNTS = {'flops': 'FLOPs', 'saved': 'saved bytes', 'peak': 'peak memory', 'time': 'time'}
-"""What shares are of."""
+VIEWS = {'alias', 'as_strided', 'detach', 'empty', 'expand', 'is_set_to', 'permute', 'select', 'slice', 'split',
+         'split_with_sizes', 'squeeze', 't', 'transpose', 'unbind', 'unsqueeze', 'view', '_reshape_alias',
+         '_unsafe_view'}
+"""Tensor operations that compute nothing."""
 Blocks = dict[str, list[int]]
 
 
@@ -91,20 +93,18 @@ def checkpoint_all(blocks: list[nn.Module]) -> None:
 VARIANTS = {
     'baseline': Variant(),
     'skip': replaced('Skip'),
-    'naive': replaced('FullBlock', mode='detached'),
-    'masks': replaced('FullBlock', sample=1 / 8, memory='masks'),
-    'rebuild': replaced('FullBlock', sample=1 / 8, memory='rebuild'),
-    'recompute': replaced('FullBlock', sample=1 / 8, memory='recompute'),
-    'depthwise': replaced('DepthwiseBlock', memory='rebuild'),
-    'slim': replaced('SlimBlock', memory='recompute'),
-    'pooled': replaced('PooledBlock', memory='recompute'),
+    'every-1': replaced('FullBlock', every=1),
+    'every-8': replaced('FullBlock', every=8),
+    'recompute': replaced('FullBlock', every=8, recompute=True),
+    'depthwise': replaced('DepthwiseBlock', every=8),
+    'slim': replaced('SlimBlock', every=8),
     'frozen': Variant(change=freeze),
     'checkpoint': Variant(change=checkpoint_all),
 }
 NAMES = ('baseline', 'folded', *(name + fold for fold in ('', FOLD) for name in VARIANTS if name != 'baseline'))
-ALL = tuple(name for name in NAMES if name != 'naive' + FOLD)
-MAIN = ('baseline', 'folded', 'skip', 'naive', 'masks', 'rebuild', 'depthwise', 'slim', 'frozen', 'checkpoint',
-        *(name + FOLD for name in ('skip', 'masks', 'rebuild', 'depthwise', 'slim')))
+MAIN = ('baseline', 'folded', 'skip', 'every-1', 'every-8', 'recompute', 'depthwise', 'slim', 'frozen', 'checkpoint',
+        *(name + FOLD for name in ('skip', 'every-8', 'recompute', 'depthwise', 'slim')))
+TIMED = ('baseline', 'skip', 'every-1', 'every-8', 'slim')
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Case:
     channels_last: bool = False
     count_only: bool = False
     k: int = 2
-    variants: tuple[str, ...] = ALL
+    variants: tuple[str, ...] = MAIN
 
     def __str__(self) -> str:
         how = ['' if self.amp == 'off' else self.amp, 'channels_last' if self.channels_last else '',
@@ -132,19 +132,17 @@ MASK_R50 = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 MASK_R101 = 'mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py'
 RETINA_R50 = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 SWIN_T = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
-DIGITS_R34 = 'configs/digits/faster-rcnn_r34_fpn_digits.py'
 VIT_B = 'configs/rl_vit/mask-rcnn_vit-b-mae_simple-fpn_16xb4-lsj-100e_coco.py'
 DETECTORS = (MASK_R101, MASK_R50, FASTER_R50, RETINA_R50, SWIN_T, VIT_B)
 SMALL = (256, 256)
 CPU_CASES = (
-    *(Case(config, 'backbone', SMALL, count_only=True) for config in (MASK_R50, MASK_R101, DIGITS_R34, SWIN_T, VIT_B)),
-    Case(MASK_R50, 'backbone', (640, 640), variants=MAIN),
-    *(Case(config, 'detector', SMALL, count_only=True, variants=MAIN) for config in (MASK_R50, MASK_R101)),
+    *(Case(config, 'backbone', (320, 320), variants=TIMED) for config in (MASK_R50, MASK_R101, SWIN_T, VIT_B)),
+    *(Case(config, 'backbone', (640, 640), variants=TIMED) for config in (MASK_R50, MASK_R101)),
+    *(Case(config, 'backbone', (320, 320), count_only=True) for config in (MASK_R50, MASK_R101, SWIN_T, VIT_B)),
 )
 GPU_CASES = (
-    *(Case(MASK_R101, 'detector', FULL_SIZE, batch, 'bf16', last, variants=ALL if batch == 2 else MAIN)
-      for batch in (2, 8) for last in (True, False)),
-    *(Case(config, 'detector', (1024, 1024) if config == VIT_B else FULL_SIZE, batch, 'bf16', variants=MAIN)
+    *(Case(MASK_R101, 'detector', FULL_SIZE, batch, 'bf16', last) for batch in (2, 8) for last in (True, False)),
+    *(Case(config, 'detector', (1024, 1024) if config == VIT_B else FULL_SIZE, batch, 'bf16')
       for batch in (2, 8) for config in DETECTORS if config != MASK_R101),
 )
 PRESETS = {'cpu': CPU_CASES, 'gpu': GPU_CASES}
@@ -205,7 +203,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 def chosen_blocks(case: Case) -> tuple[Blocks, list[str]]:
     """The blocks that every variant is about: as a choice and by name in the backbone."""
-    report = backbone_of(build(case, 'naive', dict(type='EveryKth', k=case.k))).replacement_report
+    report = backbone_of(build(case, 'every-8', dict(type='EveryKth', k=case.k))).replacement_report
     return report.replaced, [row.name for row in report.rows if row.replaced]
 
 
@@ -241,17 +239,43 @@ class Subject:
         with counted_regions(model) as regions:
             step()  # the first one is different: momentum is made, cheap gradients are checked
         outputs: list[torch.Tensor] = []
+        set_step_(model, 0)
         torch.manual_seed(0)
         saved = saved_bytes(model, lambda: outputs.extend(step.forward()), self.checkpointed)
         if not all(output.isfinite().all() for output in outputs):
             raise ArithmeticError('the step gives numbers that aren\'t finite')
         outputs.clear()
+        flops = mean_over_steps(model, lambda: self.of_one_step(count_flops))
+        calls = mean_over_steps(model, lambda: self.of_one_step(count_calls))
         torch.manual_seed(0)
-        flops = count_flops(step.forward_backward)
-        step.optimizer.zero_grad()
-        torch.manual_seed(0)
-        return dict(parameters=trainable_parameters(model), flops=flops, saved=saved,
+        return dict(parameters=trainable_parameters(model), flops=flops, calls=calls, saved=saved,
                     peak=peak_memory(step, step.device), regions=regions)
+
+    def of_one_step(self, count: Callable[[Callable[[], None]], int]) -> int:
+        """A count of forward and backward."""
+        torch.manual_seed(0)
+        counted = count(self.step.forward_backward)
+        self.step.optimizer.zero_grad()
+        return counted
+
+
+class CallCounter(TorchDispatchMode):
+    """Counts the tensor operations that compute something: each is at least one kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += func.__name__.partition('.')[0] not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def count_calls(run: Callable[[], object]) -> int:
+    """How many tensor operations ``run`` makes."""
+    with CallCounter() as counter:
+        run()
+    return counter.count
 
 
 def measure_case(case: Case, device: str, rounds: int) -> dict[str, Any]:
@@ -295,8 +319,8 @@ def brief(error: Exception) -> str:
 def describe(row: dict[str, Any]) -> str:
     if row.get('out_of_memory'):
         return 'out of memory'
-    return (f'{row["parameters"] / 1e6:.2f} M parameters, {row["flops"] / 1e9:.2f} GFLOPs, {row["saved"] / 1e6:.1f} MB '
-            f'saved, {row["peak"] / 1e6:.1f} MB at the peak')
+    return (f'{row["parameters"] / 1e6:.2f} M parameters, {row["flops"] / 1e9:.2f} GFLOPs, {row["calls"]:.0f} calls, '
+            f'{row["saved"] / 1e6:.1f} MB saved, {row["peak"] / 1e6:.1f} MB at the peak')
 
 
 def clear(device: str) -> None:
@@ -309,14 +333,14 @@ def add_times_(found: dict, steps: dict[str, TrainingStep], device: str, rounds:
     """Let the steps take turns."""
     cuda = device == 'cuda'
     try:
-        taken = seconds_in_turn(steps, rounds, 2 if cuda else 1, time.perf_counter if cuda else time.process_time)
+        taken = seconds_in_turn(steps, rounds, 8 if cuda else 1, time.perf_counter if cuda else time.process_time)
     except torch.OutOfMemoryError:
         found['reason'] = 'No times: out of memory while all variants were there.'
         return
     ratios = ratios_to(taken, 'baseline') if 'baseline' in taken else {}
     for name, seconds in taken.items():
         if name in ratios:
-            found['rows'][name].update(ratios=ratios[name], time=median(ratios[name]))
+            found['rows'][name].update(ratios=ratios[name], time=sum(seconds) / sum(taken['baseline']))
         if cuda:
             found['rows'][name]['milliseconds'] = [1e3 * each for each in seconds]
 
@@ -336,7 +360,8 @@ def table(found: dict) -> list[str]:
     """One case as Markdown."""
     lines = [f'## {found["title"]}', '']
     if found['rows']:
-        titles = ['variant', 'trainable parameters, M', 'forward + backward, GFLOPs', 'saved, MB', 'peak, MB',
+        titles = ['variant', 'trainable parameters, M', 'forward + backward, GFLOPs', 'calls', 'calls, × baseline',
+                  'saved, MB', 'peak, MB',
                   'peak, × baseline', 'time, × baseline (range)', *(f'share of {what}' for what in COUNTS.values())]
         lines += [f'| {" | ".join(titles)} |', '|' + '---|' * len(titles)]
         lines += [f'| {name} | {" | ".join(cells(row, found["rows"].get("baseline", {})))} |'
@@ -356,10 +381,11 @@ def table(found: dict) -> list[str]:
 
 def cells(row: dict, base: dict) -> list[str]:
     if row.get('out_of_memory'):
-        return ['out of memory'] + [''] * (5 + len(COUNTS))
+        return ['out of memory'] + [''] * (7 + len(COUNTS))
     time = f'{row["time"]:.3f} ({min(row["ratios"]):.3f} to {max(row["ratios"]):.3f})' if 'time' in row else ''
     shares = [f'{row["shares"][count]:.2f}' if count in row['shares'] else '' for count in COUNTS]
-    return [f'{row["parameters"] / 1e6:.2f}', f'{row["flops"] / 1e9:.2f}', f'{row["saved"] / 1e6:.1f}',
+    return [f'{row["parameters"] / 1e6:.2f}', f'{row["flops"] / 1e9:.2f}', f'{row["calls"]:.0f}',
+            f'{row["calls"] / base["calls"]:.2f}' if 'calls' in base else '', f'{row["saved"] / 1e6:.1f}',
             f'{row["peak"] / 1e6:.1f}', f'{row["peak"] / base["peak"]:.3f}' if 'peak' in base else '', time, *shares]
 
 
@@ -372,14 +398,17 @@ def page(results: dict) -> str:
     lines = ['# What a training step costs', '',
              *(f'Made by `{command}`.' for command in results['commands']),
              f'torch {results["torch"]}, {results["device"]}. All variants in one process, taking turns for '
-             f'{results["rounds"]} rounds; time is the median of each round\'s ratio of {clock} to the plain '
-             'baseline\'s.', '',
+             f'{results["rounds"]} rounds; time is the ratio of {clock} to the plain baseline\'s over all rounds, in '
+             'brackets the range of the rounds\'.', '',
              'A step is forward, loss, backward, SGD with momentum at a learning rate of 0, and zero_grad. A '
              'backbone\'s loss is a fixed random projection of its maps; a detector\'s images, boxes and masks are '
              'random. Its proposals are its anchors, so that all variants work on the same regions, and on images '
              'below 800×1333 it samples fewer of them, in proportion. Under autocast RoIAlign and the losses run in '
              'float32. All variants are about the same blocks, those that `EveryKth` replaces, and have the same '
              'weights.', '',
+             'Replaced blocks learn in one of eight steps unless their name says otherwise: FLOPs and calls are the '
+             'mean over eight steps, saved bytes and peak are of a step in which one block learns, times of eight. '
+             'Calls are tensor operations that compute something; on a GPU each is at least one kernel.', '',
              'FLOPs by torch.utils.flop_counter with corrected formulas (`rl_mmdet.analysis.count_flops`). Saved bytes '
              'are those of distinct storages kept for backward, without parameters and buffers. Peak memory is what a '
              f'step needs beyond the model, its momentum and the batch: {peak}. Share: (baseline − ours) / (baseline − '
@@ -429,7 +458,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--channels-last', action='store_true', default=None)
     parser.add_argument('--count-only', action='store_true', default=None, help='no times, one model at a time')
     parser.add_argument('--k', type=positive, help='every k-th block, 2 by default')
-    parser.add_argument('--rounds', type=positive, default=5)
+    parser.add_argument('--rounds', type=positive, default=8)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--resume', action='store_true', help='go on with what OUT.json has of the same machine')
     parser.add_argument('--out', type=Path, help='the page and its data, without suffix (default: train_step, on a GPU '

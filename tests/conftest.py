@@ -1,8 +1,9 @@
 """Fixtures for all tests: fixed seeds, a tiny plain-torch model with two chains, and randomised weights."""
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -55,10 +56,22 @@ class ToyNet(nn.Module):
         return self.layer2(self.pool(self.layer1(x)))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('needs a CUDA device, torch finds none')
+
+
 @pytest.fixture(scope='session', autouse=True)
 def one_thread() -> None:
     """Sums in one order, so that equal means equal."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def unformatted_configs() -> Iterator[None]:
+    """MMEngine formats a config five times for every run, which takes longer than a tiny training."""
+    with patch('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True)):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ NAME = re.compile(
     r'_(coco|coco-panoptic|coco-subset|bccd|digits|digits-bccd)\.py')     # dataset
 TYPES = {'ResNet': 'RLResNet', 'ResNeXt': 'RLResNeXt', 'SwinTransformer': 'RLSwin', 'CSPNeXt': 'RLBackbone',
          'RLViT': 'RLViT'}
-OWN_HOOKS = [dict(type='RecalibrateNormsHook'), dict(type='FiniteLossHook')]
+OWN_HOOKS = [dict(type='RecalibrateNormsHook'), dict(type='LearningStepsHook'), dict(type='FiniteLossHook')]
 DIFFERENCES = {'custom_imports', 'custom_hooks', 'model.backbone.type', 'model.backbone.replacement',
                'optim_wrapper.constructor'}
 UNDER_ANOTHER_TYPE = {'model.backbone.backbone'}  # RLBackbone also says which backbone
@@ -148,18 +148,14 @@ def listed(folder):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=stem)
-def test_config_has_a_model_data_and_a_schedule(path):
+def test_config_is_complete_and_its_name_follows_the_convention(path):
     cfg = load(path)
     for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator',
                 'train_cfg', 'optim_wrapper', 'param_scheduler', 'default_hooks'):
         assert key in cfg
-
-
-@pytest.mark.parametrize('path', CONFIGS, ids=stem)
-def test_name_follows_the_convention(path):
     match = NAME.fullmatch(path.name)
     assert match is not None
-    backbone = load(path).model.backbone
+    backbone = cfg.model.backbone
     plan = (backbone.get('replacement') or {}).get('plan', {})
     assert (match['rl'] is not None) == (match['k'] is not None) == (plan.get('type') == 'EveryKth')
     assert (match['search'] == 'learned') == (plan.get('type') == 'LearnedPlan')
@@ -177,36 +173,24 @@ def test_name_says_which_backbone_and_which_plan(path):
 
 
 @pytest.mark.parametrize('path', REPLACED, ids=stem)
-def test_replaced_config_differs_from_its_baseline_only_in_the_replacement(path):
-    ours, baseline = flat(load(path).to_dict()), flat(load(baseline_of(path)).to_dict())
+def test_replaced_config_differs_from_its_baseline_only_in_what_replacement_learning_needs(path):
+    cfg, baseline = load(path), load(baseline_of(path))
+    ours, theirs = flat(cfg.to_dict()), flat(baseline.to_dict())
     expected = DIFFERENCES
     if ours['model.backbone.type'] == 'RLBackbone':
         expected = DIFFERENCES | UNDER_ANOTHER_TYPE
-        assert ours['model.backbone.backbone'] == baseline['model.backbone.type']
-    if baseline['model.backbone.type'].startswith('RL'):
+        assert ours['model.backbone.backbone'] == theirs['model.backbone.type']
+    if theirs['model.backbone.type'].startswith('RL'):
         expected = FROM_OUR_BASELINE
-    assert {key for key in ours | baseline if ours.get(key) != baseline.get(key)} == expected
+    assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} == expected
 
-
-@pytest.mark.parametrize('path', REPLACED, ids=stem)
-def test_replaced_config_has_what_replacement_learning_needs(path):
-    cfg, baseline = load(path), load(baseline_of(path))
     vit = baseline.model.backbone.type == 'RLViT'
     assert cfg.model.backbone.type == TYPES[baseline.model.backbone.type]
     assert cfg.optim_wrapper.constructor == ('RLLayerDecayOptimWrapperConstructor' if vit
                                              else 'RLOptimWrapperConstructor')
     assert cfg.custom_imports == dict(imports=['rl_mmdet'], allow_failed_imports=False)
-
-
-@pytest.mark.parametrize('path', REPLACED, ids=stem)
-def test_no_hook_of_the_baseline_is_lost(path):
-    baseline = load(baseline_of(path)).get('custom_hooks', [])
-    assert flat(load(path).custom_hooks) == flat([*baseline, *OWN_HOOKS])
-
-
-@pytest.mark.parametrize('path', REPLACED, ids=stem)
-def test_backbone_replaces_every_kth_block(path):
-    assert report(path).replaced == EXPECTED[called(path), load(path).model.backbone.replacement.plan.k]
+    assert flat(cfg.custom_hooks) == flat([*baseline.get('custom_hooks', []), *OWN_HOOKS])
+    assert report(path).replaced == EXPECTED[called(path), cfg.model.backbone.replacement.plan.k]
 
 
 @pytest.mark.parametrize('path', LEARNED + SWR, ids=stem)
@@ -219,7 +203,7 @@ def test_config_of_a_search_differs_from_its_baseline_only_in_the_search(path):
     assert {key for key in ours | baseline if ours.get(key) != baseline.get(key)} == expected
     assert load(path).model.backbone.type == TYPES[load(baseline_of(path)).model.backbone.type]
     hooks = [hook['type'] for hook in load(path).custom_hooks]
-    assert hooks == ['RecalibrateNormsHook', 'FiniteLossHook', 'SearchHook'][path in SWR:]
+    assert hooks == ['RecalibrateNormsHook', 'LearningStepsHook', 'FiniteLossHook', 'SearchHook'][2 * (path in SWR):]
 
 
 @pytest.mark.parametrize('path', [path for path in LEARNED if path.parent.name == 'swr'], ids=stem)

@@ -44,7 +44,7 @@ def main() -> None:
         comparison = compare.plan_comparison(
             folder, args.configs, compare.parse_variants(args.variant), args.seeds, args.cfg_options,
             allow_pickle=args.allow_pickle, command=shlex.join(['python', *sys.argv]))
-    compare.run_in_terminal(comparison, tools, Path(args.report_dir or folder), measure_costs=not args.report_only,
+    compare.carry_out(comparison, tools, Path(args.report_dir or folder), measure_costs=not args.report_only,
                             train=not (args.cost_only or args.report_only), allow_pickle=args.allow_pickle)
 
 

@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
 @engine.tool
 def main() -> None:
     folder = Path(parse_args().work_dir)
-    compare.run_in_terminal(compare.plan_comparison(folder, CONFIGS, seeds=1), compare.Tools(ROOT / 'tools'), folder)
+    compare.carry_out(compare.plan_comparison(folder, CONFIGS, seeds=1), compare.Tools(ROOT / 'tools'), folder)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,9 @@
 """Test (and evaluate) a detector: MMDetection's tools/test.py, with checks before anything is written."""
 import argparse
+import os
 
-import rl_mmdet.engine as engine
+from rl_mmdet import engine
+from rl_mmdet.engine import options
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,21 +20,18 @@ def parse_args() -> argparse.Namespace:
 @engine.tool
 def main() -> None:
     args = parse_args()
-    engine.set_local_rank(args.local_rank)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.out:
-        engine.check_out_file(args.out)
+        options.dump_predictions_(cfg, args.out)
     engine.take_found_(cfg, args.checkpoint, args.allow_pickle)
     engine.check_testing(cfg, args.checkpoint, allow_pickle=args.allow_pickle)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
-        engine.enable_visualization_(cfg, args)
+        options.enable_visualization_(cfg, args)
     if args.tta:
-        engine.enable_tta_(cfg)
-    runner = engine.build_runner(cfg)
-    if args.out:
-        engine.dump_predictions_(runner, args.out)
-    runner.test()
+        options.enable_tta_(cfg)
+    engine.build_runner(cfg).test()
 
 
 if __name__ == '__main__':

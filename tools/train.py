@@ -1,7 +1,9 @@
 """Train a detector: MMDetection's tools/train.py, with checks before anything is written."""
 import argparse
+import os
 
-import rl_mmdet.engine as engine
+from rl_mmdet import engine
+from rl_mmdet.engine import options
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,18 +20,18 @@ def parse_args() -> argparse.Namespace:
 @engine.tool
 def main() -> None:
     args = parse_args()
-    engine.set_local_rank(args.local_rank)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.resume:
-        engine.set_resume_(cfg, args.resume)
-    engine.take_found_(cfg, engine.resume_source(cfg), args.allow_pickle)
+        options.set_resume_(cfg, args.resume)
+    engine.take_found_(cfg, engine.resume_checkpoint(cfg), args.allow_pickle)
     engine.add_rl_defaults_(cfg)
     if args.amp:
-        engine.enable_amp_(cfg)
+        options.enable_amp_(cfg)
     if args.auto_scale_lr:
-        engine.enable_auto_scale_lr_(cfg)
-    found = engine.check_training(cfg, ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle)
-    engine.build_runner(cfg, found.lines()).train()
+        options.enable_auto_scale_lr_(cfg)
+    texts = engine.check_training(cfg, ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle)
+    engine.build_runner(cfg, texts).train()
 
 
 if __name__ == '__main__':

@@ -57,10 +57,12 @@ def backbone_cfg(cfg: Config) -> dict:
 
 
 def _note(row: BlockRow) -> str:
+    """Why a block can't be replaced, if so."""
     return "can't be replaced: " + row.reason if row.reason else ''
 
 
 def _residuals(backbone: nn.Module, checkpoint: str, allow_pickle: bool) -> dict[str, float]:
+    """Each replaced block's fit residual by its name."""
     loaded = read_checkpoint(checkpoint, allow_pickle)
     tensors = state_dict_of(loaded, 'backbone') or state_dict_of(loaded)
     _, report = adapt_state_dict(backbone, tensors)

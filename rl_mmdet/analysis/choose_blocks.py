@@ -31,8 +31,8 @@ def choose_blocks(
         cfg: a detector's config, with or without replacement; fusion and operator are the replacement's, if any.
         checkpoint: trained weights of the unreplaced backbone, or of a detector with it.
         p: the fraction of the replaceable blocks to replace.
-        batches: how many of the training set's, augmented and normalised as in training, to measure on.
-        fusion, operator: a type's name or a JSON object, instead of the config's.
+        batches: how many batches of the training set to measure on, augmented and normalised as in training.
+        fusion, operator: a type's name or a JSON object, in place of the config's.
         allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
 
     Returns:
@@ -46,8 +46,9 @@ def choose_blocks(
         raise UserError(f'--batches must be at least 1, got {batches}')
     given = dict(backbone_cfg(cfg))
     settings = dict(given.pop('replacement', None) or {})
-    settings.update({key: _part(f'--{key}', text) for key, text in dict(fusion=fusion, operator=operator).items()
-                     if text is not None})
+    for key, text in dict(fusion=fusion, operator=operator).items():
+        if text is not None:
+            settings[key] = _type_settings(f'--{key}', text)
     backbone = build_model(Config(dict(model=given, default_scope=cfg.get('default_scope', 'mmdet'))))
     _load_(backbone, checkpoint, allow_pickle)
     inputs = calibration_batches(cfg, batches)
@@ -99,7 +100,7 @@ def error_table(report: ReplacementReport, errors: Mapping[str, float]) -> Table
 
 
 def _load_(backbone: nn.Module, path: str, allow_pickle: bool) -> None:
-    """Load all of the backbone's weights, or none."""
+    """Load the backbone's weights; a UserError if they aren't all there."""
     loaded = read_checkpoint(path, allow_pickle)
     prefix = 'backbone' if state_dict_of(loaded, 'backbone') else ''
     check_checkpoint(backbone, path, prefix=prefix, allow_pickle=allow_pickle)
@@ -107,7 +108,8 @@ def _load_(backbone: nn.Module, path: str, allow_pickle: bool) -> None:
     backbone.load_state_dict(own_layout(backbone, tensors) if translates(backbone) else tensors, strict=False)
 
 
-def _part(option: str, text: str) -> dict[str, Any]:
+def _type_settings(option: str, text: str) -> dict[str, Any]:
+    """The settings that an option's text stands for: a type's name, or a JSON object."""
     if not text.lstrip().startswith('{'):
         return dict(type=text)
     try:

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine import UserError, write_text
+from ..engine import UserError
+from ..engine.files import write_text
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
@@ -23,7 +24,7 @@ PROGRESS = re.compile(r'(Epoch\((train|val|test)\).*|Iter\(\w+\).*|.*bbox_mAP_co
 
 @dataclass
 class TrainingCost:
-    """What a training has cost so far, over all its interrupted parts.
+    """What a training has cost so far, with all that was interrupted.
 
     Args:
         seconds: wall time of the processes, start-up and evaluation included.
@@ -82,6 +83,7 @@ def _end_with_parent() -> None:
 
 
 def _follow(process: subprocess.Popen, log: Path, say: Callable[[str], None]) -> deque[str]:
+    """Copy the output to the log until it ends; its last lines."""
     tail: deque[str] = deque(maxlen=15)
     with log.open('a') as file:
         for line in process.stdout:

@@ -1,20 +1,21 @@
 """Drawing scenes of real handwritten digits with their COCO annotations.
 
-The digits are scikit-learn's ``load_digits``: 1797 samples of 8x8 pixels, part of that package, so
-nothing is downloaded. Needs numpy, OpenCV and scikit-learn, neither torch nor mmdet.
+The digits are scikit-learn's ``load_digits``: 1797 samples of 8x8 pixels, part of that package, so nothing is
+downloaded.
 """
-
 import dataclasses
 import math
 
 import cv2
 import numpy as np
 
+from ..replacement.checks import check_number
+
 SPLITS = ('train', 'val')
 CLASSES = tuple('0123456789')
 
 DRAWING_VERSION = 1  # raise it when the drawing changes: older files are then made again
-_SOURCE_SIDE = 8  # px, side of a load_digits sample
+_SAMPLE_SIDE = 8  # px, side of a load_digits sample
 _MAX_ROTATION = 15.0  # degrees, either way
 _ROOM = 1.25  # room a rotated digit needs, in multiples of its scale: cos 15° + sin 15° = 1.22
 _INK_LEVEL = 0.45  # sample value (0..1) at which a stroke ends
@@ -24,20 +25,22 @@ _CROWDING = 0.4  # share of the digits that are placed next to, or partly over, 
 _PLACE_TRIES = 40
 
 
-def check_split(split: str) -> None:
-    """Raise ValueError if the split is unknown."""
-    if split not in SPLITS:
-        raise ValueError(f'split={split!r}: unknown; choose one of {SPLITS}.')
-
-
 @dataclasses.dataclass(frozen=True)
 class SceneSettings:
-    """What a split looks like; the fields are explained in ``generate_digit_scenes``.
+    """What a split looks like.
+
+    Args:
+        num_images: Number of scenes, >= 1.
+        image_size: (width, height) in px, each >= 64.
+        seed: Seed of the scenes, >= 0. The samples of a split do not depend on it.
+        digits_per_image: Fewest and most digits, >= 1; one that finds no free place is left out.
+        scales: Smallest and largest side in px of the 8x8 sample as drawn, >= 8; log-uniform.
+        max_overlap: Cap on what two boxes share, in [0, 1), as a fraction of the smaller box; so it bounds their IoU.
+        clutter: Fewest and most pieces of clutter (blobs and strokes) behind the digits.
 
     Raises:
         ValueError: If a value is out of its range, or the largest digit does not fit the image.
     """
-
     num_images: int
     image_size: tuple[int, int] = (160, 160)
     seed: int = 0
@@ -47,40 +50,25 @@ class SceneSettings:
     clutter: tuple[int, int] = (2, 8)
 
     def __post_init__(self) -> None:
-        _check_int('num_images', self.num_images, low=1)
-        _check_int('seed', self.seed, low=0)
-        lowest = {'image_size': 64, 'digits_per_image': 1, 'scales': _SOURCE_SIDE, 'clutter': 0}
-        for name, low in lowest.items():
-            pair = _checked_pair(name, getattr(self, name), low, ordered=name != 'image_size')
-            object.__setattr__(self, name, pair)
-        object.__setattr__(self, 'max_overlap', _checked_fraction('max_overlap', self.max_overlap))
+        check_number('num_images', self.num_images, whole=True, least=1)
+        check_number('seed', self.seed, whole=True, least=0)
+        for name, low in dict(image_size=64, digits_per_image=1, scales=_SAMPLE_SIDE, clutter=0).items():
+            object.__setattr__(self, name, _checked_pair(name, getattr(self, name), low))
+        object.__setattr__(self, 'max_overlap', float(check_number('max_overlap', self.max_overlap, least=0, below=1)))
         largest = math.floor((min(self.image_size) - 2) / _ROOM)
         if self.scales[1] > largest:
-            raise ValueError(
-                f'scales={self.scales}: digits of at most {largest} px fit '
-                f'image_size={self.image_size} when rotated; lower the upper scale to {largest} or '
-                'enlarge the image.')
+            raise ValueError(f'scales={self.scales}: digits of at most {largest} px fit image_size={self.image_size} '
+                             f'when rotated; lower the upper scale to {largest} or enlarge the image.')
 
 
-def _check_int(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f'{name}={value!r}: expected an integer >= {low}.')
-
-
-def _checked_fraction(name: str, value: float) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1:
-        raise ValueError(f'{name}={value!r}: expected a number in [0, 1).')
-    return float(value)
-
-
-def _checked_pair(name: str, value: tuple[int, int], low: int, ordered: bool) -> tuple[int, int]:
+def _checked_pair(name: str, value: tuple[int, int], low: int) -> tuple[int, int]:
+    """Two integers as a tuple."""
+    is_size = name == 'image_size'
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        meaning = '(low, high)' if ordered else '(width, height)'
-        raise ValueError(f'{name}={value!r}: expected two integers {meaning}.')
+        raise ValueError(f'{name}={value!r}: expected two integers {"(width, height)" if is_size else "(low, high)"}.')
     for number in value:
-        _check_int(name, number, low)
-    if ordered and value[0] > value[1]:
+        check_number(name, number, whole=True, least=low)
+    if not is_size and value[0] > value[1]:
         raise ValueError(f'{name}={value!r}: the lower bound exceeds the upper; swap them.')
     return tuple(value)
 
@@ -88,24 +76,15 @@ def _checked_pair(name: str, value: tuple[int, int], low: int, ordered: bool) ->
 def digit_samples(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the handwritten samples that a split may use; train and val share none.
 
-    Of each class, the first three quarters in ``load_digits`` order are train and the rest val,
-    whatever the seed of the scenes. The samples are "apparently grouped by authors" (scikit-learn,
-    ``model_selection/tests/test_split.py``, issue 2372), so a shuffled split would show most hands
-    in both; this one shows few.
-
-    Args:
-        split: 'train' or 'val'.
+    Of each class, the first three quarters in ``load_digits`` order are train and the rest val, whatever the seed of
+    the scenes. The samples are "apparently grouped by authors" (scikit-learn, ``model_selection/tests/test_split.py``,
+    issue 2372), so a shuffled split would show most hands in both; this one shows few.
 
     Returns:
-        Indices into ``load_digits`` of shape (n,), ascending; images of shape (n, 8, 8), float32 in
-        [0, 1]; labels of shape (n,).
-
-    Raises:
-        ValueError: If the split is unknown.
+        Indices into ``load_digits`` of shape (n,), ascending; images of shape (n, 8, 8), float32 in [0, 1]; labels of
+        shape (n,).
     """
-    check_split(split)
-    # Imported here: it takes a second, and a finished dataset does not need it.
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # here: it takes a second, and a finished dataset doesn't need it
 
     digits = load_digits()
     chosen = []
@@ -117,20 +96,19 @@ def digit_samples(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return indices, digits.images[indices].astype(np.float32) / 16, digits.target[indices]
 
 
-def draw_scene(settings: SceneSettings, split: str, index: int, samples: np.ndarray,
-               labels: np.ndarray) -> tuple[np.ndarray, list[dict]]:
+def draw_scene(settings: SceneSettings, split: str, index: int, samples: np.ndarray, labels: np.ndarray,
+               ) -> tuple[np.ndarray, list[dict]]:
     """Draw one scene; it depends on nothing but the arguments.
 
     Args:
-        settings: The look of the scenes; ``num_images`` plays no part.
+        settings: What the scenes look like; ``num_images`` doesn't matter.
         split: 'train' or 'val'.
         index: Number of the image in the split.
-        samples: The split's handwriting, shape (n, 8, 8), see :func:`digit_samples`.
-        labels: Their digits, shape (n,).
+        samples, labels: The split's handwriting, see :func:`digit_samples`.
 
     Returns:
-        The RGB image, uint8 of shape (height, width, 3), and its COCO annotations without ids. A
-        box encloses exactly the visible ink of its digit, which lies wholly inside the image.
+        The RGB image, uint8 of shape (height, width, 3), and its COCO annotations without ids. A box encloses exactly
+        the visible ink of its digit, which lies wholly inside the image.
     """
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
     canvas = _background(rng, settings.image_size)
@@ -183,18 +161,14 @@ def _add_clutter(rng: np.random.Generator, canvas: np.ndarray, pieces: int) -> N
 def _ink(rng: np.random.Generator, sample: np.ndarray, scales: tuple[int, int]) -> np.ndarray:
     """Enlarge and rotate a sample into an antialiased opacity map, cut to its ink.
 
-    The 8x8 values are interpolated (bicubic) and then steepened around the ink level, so that an
-    edge is about 1.5 px wide at every scale.
-
-    Returns:
-        Opacity in [0, 1], float32 of shape (h, w).
+    The 8x8 values are interpolated (bicubic) and then steepened around the ink level, so that an edge is about 1.5 px
+    wide at every scale. Returns the opacity in [0, 1], float32 of shape (h, w).
     """
     scale = math.exp(rng.uniform(*np.log(scales)))
-    zoom = scale / _SOURCE_SIDE
+    zoom = scale / _SAMPLE_SIDE
     side = math.ceil(scale * _ROOM)
-    middle = (_SOURCE_SIDE - 1) / 2
-    angle = rng.uniform(-_MAX_ROTATION, _MAX_ROTATION)
-    matrix = cv2.getRotationMatrix2D((middle, middle), angle, zoom)
+    middle = (_SAMPLE_SIDE - 1) / 2
+    matrix = cv2.getRotationMatrix2D((middle, middle), rng.uniform(-_MAX_ROTATION, _MAX_ROTATION), zoom)
     matrix[:, 2] += (side - 1) / 2 - middle
     ink = cv2.warpAffine(sample, matrix, (side, side), flags=cv2.INTER_CUBIC)
     alpha = np.clip((ink - _INK_LEVEL) * zoom / 1.5 + 0.5, 0, 1)
@@ -204,11 +178,7 @@ def _ink(rng: np.random.Generator, sample: np.ndarray, scales: tuple[int, int]) 
 
 def _find_place(rng: np.random.Generator, owner: np.ndarray, alpha: np.ndarray, boxes: list[tuple],
                 max_overlap: float) -> tuple[int, int, int, int] | None:
-    """Look for a place that keeps the overlap cap and leaves enough of the earlier digits visible.
-
-    Returns:
-        The box (x, y, w, h), or None if the tries are used up.
-    """
+    """A box (x, y, w, h) that keeps the overlap cap and leaves enough of the earlier digits visible, or None."""
     height, width = alpha.shape
     ink = alpha >= _LABEL_ALPHA
     left, top, right, bottom = 0, 0, owner.shape[1] - width, owner.shape[0] - height
@@ -237,6 +207,7 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> floa
 
 
 def _region(box: tuple[int, int, int, int]) -> tuple[slice, slice]:
+    """The rows and columns of a box."""
     x, y, width, height = box
     return slice(y, y + height), slice(x, x + width)
 
@@ -262,20 +233,15 @@ def _annotation(visible: np.ndarray, label: int) -> dict:
     """COCO annotation of a mask: the tight box, the number of ink pixels, the outlines."""
     x, y, width, height = cv2.boundingRect(visible.astype(np.uint8))
     ink = visible[y:y + height, x:x + width]
-    return {
-        'category_id': label + 1,
-        'bbox': [x, y, width, height],
-        'area': int(np.count_nonzero(ink)),
-        'iscrowd': 0,
-        'segmentation': _outlines(ink, x, y),
-    }
+    return {'category_id': label + 1, 'bbox': [x, y, width, height], 'area': int(np.count_nonzero(ink)), 'iscrowd': 0,
+            'segmentation': _outlines(ink, x, y)}
 
 
 def _outlines(ink: np.ndarray, x: int, y: int) -> list[list[float]]:
     """Outer contours of the ink as COCO polygons, half-pixel exact; holes (0, 6, 8, 9) are filled.
 
-    OpenCV puts contours through pixel centres, which would thin the strokes by a pixel; on the
-    doubled mask it is half of one.
+    OpenCV puts contours through pixel centres, which would thin the strokes by a pixel; on the doubled mask it is half
+    of one.
     """
     doubled = ink.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)

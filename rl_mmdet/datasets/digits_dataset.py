@@ -1,5 +1,4 @@
 """The digit scenes as an MMDetection dataset."""
-
 import os
 from typing import ClassVar
 
@@ -14,27 +13,23 @@ from .digit_scenes import generate_digit_scenes
 class DigitScenesDataset(CocoDataset):
     """COCO dataset of digit scenes that makes its files when it is constructed.
 
-    The files are made before they are read, also with ``lazy_init=True``, and by one process of a
-    distributed run while the others wait. An evaluator may therefore name the annotation file,
-    ``<data_root>/annotations/instances_<split>.json``, before it exists: MMEngine's loops build
-    their dataloader before their evaluator (``mmengine/runner/loops.py``, ``ValLoop`` and
-    ``TestLoop``). Code that builds a ``CocoMetric`` by itself, which opens the file at once, builds
-    this dataset first.
+    The files are made before they are read, also with ``lazy_init=True``, and by one process of a distributed run while
+    the others wait. An evaluator may therefore name the annotation file,
+    ``<data_root>/annotations/instances_<split>.json``, before it exists: MMEngine's loops build their dataloader before
+    their evaluator. Code that builds a ``CocoMetric`` by itself, which opens the file at once, builds this dataset
+    first.
 
     Args:
         data_root: Folder that holds train and val, made if missing.
         split: 'train' or 'val'.
-        num_images: Number of scenes.
-        image_size: (width, height) of a scene in px.
-        seed: Seed of the scenes.
-        scenes: Further arguments of :func:`~rl_mmdet.datasets.digit_scenes.generate_digit_scenes`:
-            ``digits_per_image``, ``scales``, ``max_overlap``, ``clutter``.
-        **kwargs: Arguments of ``CocoDataset`` but ``ann_file`` and ``data_prefix``: ``pipeline``,
-            ``filter_cfg``, ``test_mode``, ``backend_args`` and so on.
+        num_images, image_size, seed: See :class:`~rl_mmdet.datasets.digit_drawing.SceneSettings`.
+        scenes: Its other arguments: ``digits_per_image``, ``scales``, ``max_overlap``, ``clutter``.
+        **kwargs: Arguments of ``CocoDataset`` but ``ann_file`` and ``data_prefix``: ``pipeline``, ``filter_cfg``,
+            ``test_mode``, ``backend_args`` and so on.
 
     Raises:
-        ValueError: If ``ann_file`` or ``data_prefix`` is given, ``scenes`` has an unknown key, or a
-            value is out of range.
+        ValueError: If ``ann_file`` or ``data_prefix`` is given, ``scenes`` has an unknown key, or a value is out of
+            range.
         FileExistsError: If files of another origin are in the way.
     """
 
@@ -44,27 +39,19 @@ class DigitScenesDataset(CocoDataset):
                     (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128)],
     }
 
-    MAKES_OWN_FILES = True
-    """Tells tools that the files need not exist before the dataset is built."""
-
     SCENE_KEYS = ('digits_per_image', 'scales', 'max_overlap', 'clutter')
     """What ``scenes`` may hold."""
 
-    def __init__(self, *, data_root: str = 'data/digits', split: str = 'train',
-                 num_images: int = 1000, image_size: tuple[int, int] = (160, 160), seed: int = 0,
-                 scenes: dict | None = None, **kwargs) -> None:
+    def __init__(self, *, data_root: str = 'data/digits', split: str = 'train', num_images: int = 1000,
+                 image_size: tuple[int, int] = (160, 160), seed: int = 0, scenes: dict | None = None, **kwargs) -> None:
         for name in ('ann_file', 'data_prefix'):
             if name in kwargs:
-                raise ValueError(f'{name}={kwargs[name]!r}: DigitScenesDataset sets it from '
-                                 'data_root and split; remove it from the config.')
+                raise ValueError(f'{name}={kwargs[name]!r}: DigitScenesDataset sets it from data_root and split; '
+                                 'remove it from the config.')
         scenes = dict(scenes or {})
         unknown = sorted(set(scenes) - set(self.SCENE_KEYS))
         if unknown:
             raise ValueError(f'scenes has unknown keys {unknown}; allowed are {self.SCENE_KEYS}.')
-        annotations = generate_digit_scenes(
-            data_root, split, num_images, image_size, seed, **scenes)
-        super().__init__(
-            data_root=data_root,
-            ann_file=os.path.relpath(annotations, data_root),
-            data_prefix={'img': f'{split}/'},
-            **kwargs)
+        annotations = generate_digit_scenes(data_root, split, num_images, image_size=image_size, seed=seed, **scenes)
+        super().__init__(data_root=data_root, ann_file=os.path.relpath(annotations, data_root),
+                         data_prefix={'img': f'{split}/'}, **kwargs)

@@ -1,4 +1,4 @@
-"""Delta files: a fine-tuned detector as what distinguishes it from its base checkpoint."""
+"""Delta files: what fine-tuning has changed in a base checkpoint."""
 import hashlib
 import json
 import os
@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..engine import UserError, check_new_file, read_checkpoint, written_whole
+from ..engine import UserError, read_checkpoint
+from ..engine.files import check_new_file, written_whole
 from ..models.layouts import state_dict_of
 
 FORMAT = 'rl_mmdet.delta/1'
@@ -19,14 +20,14 @@ FORMAT = 'rl_mmdet.delta/1'
 
 @dataclass(frozen=True)
 class DeltaInfo:
-    """What a delta file says of itself.
+    """The contents of a delta file.
 
     Args:
-        tensors: shape of every tensor in it, by key; its values take the place of the base's, or are new.
-        removed: keys of the base that the task has no use for.
+        tensors: shape of every tensor in it, by key; they replace the base's or are new.
+        removed: keys of the base that the fine-tuned checkpoint doesn't have.
         numbers: how many numbers the tensors have together.
         base_numbers: how many the base has.
-        base_hash, result_hash: :func:`state_hash` of the base's tensors and of the task's.
+        base_hash, result_hash: :func:`state_hash` of the base's tensors and of the fine-tuned ones.
         bytes: size of the file.
     """
     tensors: dict[str, tuple[int, ...]]
@@ -49,12 +50,12 @@ def state_hash(tensors: Mapping[str, Tensor]) -> str:
 
     It doesn't depend on what else a checkpoint file holds, such as an optimizer's state.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()
-        found.update(f'{key}\0{tensor.dtype}\0{list(tensor.shape)}\0'.encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b'')
-    return found.hexdigest()
+        digest.update(f'{key}\0{tensor.dtype}\0{list(tensor.shape)}\0'.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b'')
+    return digest.hexdigest()
 
 
 def save_delta(base: str, tuned: str, out: str, allow_pickle: bool = False) -> DeltaInfo:
@@ -82,8 +83,8 @@ def save_delta(base: str, tuned: str, out: str, allow_pickle: bool = False) -> D
     metadata = dict(format=FORMAT, base=state_hash(before), result=state_hash(after),
                     base_numbers=str(sum(tensor.numel() for tensor in before.values())),
                     removed=json.dumps(sorted(set(before) - set(after))), dataset_meta=json.dumps(classes))
-    with written_whole(out) as part:
-        save_file({key: tensor.clone() for key, tensor in changed.items()}, part, metadata)
+    with written_whole(out) as file:
+        save_file({key: tensor.clone() for key, tensor in changed.items()}, file, metadata)
     return delta_info(out)
 
 
@@ -102,15 +103,17 @@ def apply_delta(base: str, delta: str, out: str, allow_pickle: bool = False) -> 
     check_new_file(out)
     info = delta_info(delta)
     tensors, _ = _read(base, allow_pickle)
-    check_base(info, base, tensors)
+    if state_hash(tensors) != info.base_hash:
+        raise UserError(f'{base}: not the base of this delta: its tensors\' hash is {state_hash(tensors)[:16]}, the '
+                        f'delta was made from {info.base_hash[:16]}')
     with _opened(delta) as file:
         classes = json.loads(file.metadata()['dataset_meta'])
         tensors = {key: tensor for key, tensor in tensors.items() if key not in info.removed}
         tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if state_hash(tensors) != info.result_hash:
         raise UserError(f'{delta}: it is damaged: applied to its base it doesn\'t give what it was made from')
-    with written_whole(out) as part:
-        torch.save(dict(state_dict=tensors, meta=dict(dataset_meta=classes)), part)
+    with written_whole(out) as file:
+        torch.save(dict(state_dict=tensors, meta=dict(dataset_meta=classes)), file)
     return info
 
 
@@ -130,14 +133,6 @@ def delta_info(delta: str) -> DeltaInfo:
                      metadata['base'], metadata['result'], os.path.getsize(delta))
 
 
-def check_base(info: DeltaInfo, base: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a UserError if ``tensors``, those of the file ``base``, aren't those that the delta belongs to."""
-    found = state_hash(tensors)
-    if found != info.base_hash:
-        raise UserError(f'{base}: not the base of this delta: its tensors\' hash is {found[:16]}, the delta was made '
-                        f'from {info.base_hash[:16]}')
-
-
 def _read(path: str, allow_pickle: bool) -> tuple[dict[str, Tensor], Any]:
     """A checkpoint's tensors, and its dataset's classes if it has them."""
     checkpoint = read_checkpoint(path, allow_pickle)
@@ -149,6 +144,7 @@ def _read(path: str, allow_pickle: bool) -> tuple[dict[str, Tensor], Any]:
 
 
 def _opened(path: str) -> Any:
+    """The open safetensors file."""
     try:
         return safe_open(path, 'pt')
     except FileNotFoundError:

@@ -6,20 +6,21 @@ from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from ..engine import UserError, build_model, check_checkpoint, check_new_file, read_checkpoint, written_whole
+from ..engine import UserError, build_model, check_checkpoint, read_checkpoint
 from ..engine.detectors import inner_detectors
+from ..engine.files import check_new_file, written_whole
 from ..models.layouts import state_dict_of
 from ..replacement import computing_layers, materialize
 from ..replacement.operators import FullBlock
 
 
 class Plain(NamedTuple):
-    """What became of a replaced detector: see :func:`save_plain_checkpoint`."""
+    """The computing layers that :func:`save_plain_checkpoint` made plain, and the light operators among them."""
     blocks: list[str]
     light: list[str]
 
     def describe(self) -> str:
-        """How many there are, and what loads the checkpoint."""
+        """One line for the user: how many layers there are, and which config loads the checkpoint."""
         if not self.light:
             return f'{len(self.blocks)} computing layers are plain blocks now; use it with the baseline\'s config'
         return (f'{len(self.blocks)} computing layers are ordinary layers now ({", ".join(self.light)}); use it with '
@@ -27,7 +28,7 @@ class Plain(NamedTuple):
 
 
 SIDES = (64, 128, 224, 256, 384, 512)
-"""Of the images, in pixels, that a materialized detector is tried on."""
+"""Sides in pixels of the images that a materialized detector is checked on; the first that it accepts is used."""
 
 
 def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: bool = False) -> Plain:
@@ -62,21 +63,22 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: 
         raise UserError(f'{checkpoint}: {error}') from error
     _check_same(model, plain)
     classes = loaded.get('meta', {}).get('dataset_meta')
-    with written_whole(out) as part:
-        torch.save(dict(state_dict=plain.state_dict(), meta=dict(dataset_meta=classes)), part)
+    with written_whole(out) as file:
+        torch.save(dict(state_dict=plain.state_dict(), meta=dict(dataset_meta=classes)), file)
     light = {type(layer.operator).__name__ for layer in layers.values() if not isinstance(layer.operator, FullBlock)}
     return Plain(list(layers), sorted(light))
 
 
 @torch.no_grad()
 def _check_same(model: nn.Module, plain: nn.Module) -> None:
-    """The detectors of both give the same features on a random image, of the first size that they take."""
+    """Raise AssertionError unless the detectors of both give the same features on a random image."""
     for name, detector in inner_detectors(model, computing_layers).items():
         image, features = _some_features(detector)
         torch.testing.assert_close(plain.get_submodule(name).extract_feat(image), features, rtol=1e-4, atol=1e-4)
 
 
 def _some_features(detector: BaseDetector) -> tuple[Tensor, Any]:
+    """A random image of a size that the detector accepts, and its features."""
     for side in SIDES:
         image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         try:

@@ -16,7 +16,7 @@ from torch import nn
 from ..models.layouts import never_pretrained, own_layout, state_dict_of, translates
 from ..replacement import adapt_state_dict
 from ..replacement.start import LoadReport
-from .errors import UserError
+from .errors import UserError, first_line
 
 
 def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
@@ -48,9 +48,7 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
                             'from, add --allow-pickle') from None
         raise UserError(f'{path}: not a PyTorch checkpoint, or a truncated one') from None
     except (EOFError, RuntimeError, ValueError, KeyError, OSError) as error:
-        lines = str(error).splitlines() if isinstance(error, (OSError, RuntimeError)) else []
-        reason = f' ({lines[0][:120]})' if lines else ''
-        raise UserError(f'{path}: truncated, or not a PyTorch checkpoint{reason}') from None
+        raise UserError(f'{path}: truncated, or not a PyTorch checkpoint ({first_line(error)[:120]})') from None
     if not isinstance(checkpoint, Mapping):
         raise UserError(f'{path}: holds a {type(checkpoint).__name__}, not a state dict')
     return checkpoint
@@ -60,9 +58,9 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
                      allow_pickle: bool = False) -> LoadReport:
     """Compare a checkpoint with the model that is going to load it.
 
-    Explained, and therefore fine: removed blocks' weights (they initialise the computing layers), what lies beside
-    the model (an ImageNet classifier's ``fc``), and missing tensors of modules that ImageNet models never have
-    (DCN offsets, plugins, a pyramid's norms). A backbone's weights may be in any layout that it loads.
+    These differences are expected: weights of removed blocks, which initialise the computing layers; tensors beside the
+    model, such as an ImageNet classifier's ``fc``; and missing tensors of modules that ImageNet models don't have, such
+    as DCN offsets, plugins or a pyramid's norms. A backbone's weights may be in any layout that it loads.
 
     Args:
         model: the module whose keys the checkpoint (below ``prefix``) should have.
@@ -70,7 +68,7 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
         ignore: regular expressions of keys to leave out on purpose.
 
     Raises:
-        UserError: a tensor that is missing, left over or of another shape without explanation; the first are named.
+        UserError: another tensor is missing, left over or of another shape; the first few are named.
     """
     tensors = state_dict_of(read_checkpoint(path, allow_pickle), prefix, wrapped=translates(model))
     if not tensors:
@@ -92,6 +90,7 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
 
 
 def _unexplained(model: nn.Module, report: LoadReport, ignore: Sequence[str]) -> list[str]:
+    """One text for each tensor that differs in a way that isn't expected."""
     roots = {name for name, _ in model.named_children()}
     new = _modules_without_pretraining(model) + never_pretrained(model)
     problems = {key: f'{key} has shape {old}, the model needs {own}' for key, (old, own) in report.mismatched.items()}
@@ -102,7 +101,7 @@ def _unexplained(model: nn.Module, report: LoadReport, ignore: Sequence[str]) ->
 
 
 def _modules_without_pretraining(model: nn.Module) -> tuple[str, ...]:
-    """Key prefixes of deformable convolutions' offsets, of block plugins, and of what ConvAWS makes of its weights."""
+    """Key prefixes of modules that ImageNet models don't have: DCN offsets, plugins, ConvAWS's scale and shift."""
     names = []
     for name, module in model.named_modules():
         if isinstance(module, ConvAWS2d):

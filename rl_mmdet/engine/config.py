@@ -1,4 +1,4 @@
-"""Configs: read one with its command-line options, and add what Replacement Learning needs where it is absent."""
+"""Configs: read one with its command-line options, and add the hooks that Replacement Learning needs."""
 import os.path as osp
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from mmengine.registry import Registry
 
 from ..replacement import PLANS
 from ..search import TRANSFERS
-from .errors import UserError
+from .errors import UserError, first_line
 
 LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
 CONSTRUCTOR = 'RLOptimWrapperConstructor'
@@ -34,12 +34,12 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
     try:
         cfg = get_config(path) if '::' in path else Config.fromfile(path)
     except Exception as error:  # mmengine raises whatever the config's own Python code raises
-        raise UserError(f'config {path}: {_first_line(error)}') from error
+        raise UserError(f'config {path}: {first_line(error)}') from error
     old_root = cfg.get('data_root')
     try:
         cfg.merge_from_dict(dict(options or {}))
     except (AssertionError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f'--cfg-options: {_first_line(error)}') from error
+        raise UserError(f'--cfg-options: {first_line(error)}') from error
     if options and 'data_root' in options:
         _move_data_root_(cfg, old_root, str(options['data_root']))
     cfg.launcher = launcher
@@ -50,10 +50,10 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
 def add_rl_defaults_(cfg: Config) -> Config:
     """Add, where they are absent, the hooks and the optimizer-wrapper constructor that RL training needs.
 
-    Every run gets ``FiniteLossHook``; a config with a ``replacement`` also ``RecalibrateNormsHook``,
-    ``LearningStepsHook``, ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default one
-    (another constructor is respected). A search gets ``SearchHook``, and that for a plan has DDP know that a step
-    doesn't use all weights.
+    Every config gets ``FiniteLossHook``. One with a ``replacement`` also gets ``RecalibrateNormsHook``,
+    ``LearningStepsHook``, ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default
+    constructor; another constructor stays. One that searches gets ``SearchHook``, and where it searches for a plan DDP
+    is told that a step doesn't use all parameters.
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook']
@@ -79,13 +79,13 @@ def uses_replacement(cfg: Config) -> bool:
 
 
 def searches_of(cfg: Config) -> list[tuple[Any, str]]:
-    """The settings of the model that are learned in a search: the dict that has it, and its key there."""
+    """The model's settings that a search has to find: pairs of the dict that has the setting, and its key there."""
     nodes = [(node, key) for node in nested_dicts(cfg.get('model') or {}) for key in ('plan', 'transfer')]
     return [(node, key) for node, key in nodes if _searches(node.get(key), PLANS if key == 'plan' else TRANSFERS)]
 
 
 def set_unused_(cfg: Config, find: bool) -> None:
-    """Whether DDP looks for parameters that a step doesn't use."""
+    """Set whether DDP looks for parameters that a step doesn't use."""
     cfg.find_unused_parameters = find
     if cfg.get('model_wrapper_cfg'):
         cfg.model_wrapper_cfg.find_unused_parameters = find
@@ -102,12 +102,14 @@ def nested_dicts(node: Any) -> Iterator[Mapping]:
 
 
 def _searches(setting: Any, registry: Registry) -> bool:
+    """Whether a setting's type is one that is learned during training."""
     kind = setting.get('type') if isinstance(setting, Mapping) else None
     kind = registry.get(kind) if isinstance(kind, str) else kind
     return bool(getattr(kind, 'searches', False))
 
 
 def _move_data_root_(cfg: Config, old: str | None, new: str) -> None:
+    """Replace the old data root in every path of a dataset or evaluator that begins with it."""
     if not old:
         raise UserError('--cfg-options data_root=...: the config has no top-level data_root to move; set the '
                         "datasets' own data_root instead")
@@ -118,8 +120,3 @@ def _move_data_root_(cfg: Config, old: str | None, new: str) -> None:
             for name, value in node.items():
                 if isinstance(value, str) and value.startswith(old):
                     node[name] = new + value[len(old):].lstrip('/')
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f'{type(error).__name__}: {text[0] if text else "no message"}'

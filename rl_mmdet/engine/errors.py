@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line, no traceback."""
+"""Errors that the user can mend; a tool shows them as one line without traceback."""
 
 
 class UserError(Exception):
@@ -7,3 +7,9 @@ class UserError(Exception):
 
 class NonFiniteLossError(UserError):
     """Training met a loss or a weight that isn't finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's class and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return f'{type(error).__name__}: {lines[0] if lines else "no message"}'

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and never in the place of the user's."""
+"""Files that are written as a whole or not at all, and never over the user's."""
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,16 @@ from .errors import UserError
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a file beside ``path`` to write to, which takes its place when the block ends without an error."""
-    part = Path(f'{path}.part')
-    yield part
-    os.replace(part, path)
+    """Give a file beside ``path`` to write to; it is renamed to ``path`` when the block ends without an error."""
+    unfinished = Path(f'{path}.part')
+    yield unfinished
+    os.replace(unfinished, path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file, all of it or nothing."""
-    with written_whole(path) as part:
-        part.write_text(text, encoding='utf-8')
+    with written_whole(path) as file:
+        file.write_text(text, encoding='utf-8')
 
 
 def check_new_file(path: str) -> None:

@@ -1,4 +1,4 @@
-"""What the tools share: build a Runner that has been checked, and end with one clear line instead of a traceback."""
+"""Building a run, and ending a tool with one clear line instead of a traceback."""
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -13,14 +13,14 @@ from mmengine.runner import Runner
 from .errors import UserError
 
 
-def build_runner(cfg: Config, notes: Iterable[str] = ()) -> Runner:
-    """Build the config's runner and put ``notes`` (multi-line texts) at the top of its log."""
+def build_runner(cfg: Config, texts: Iterable[str] = ()) -> Runner:
+    """Build the config's runner and put ``texts`` at the top of its log."""
     setup_cache_size_limit_of_dynamo()
     if cfg.get('launcher') == 'pytorch' and not torch.cuda.is_available():
         _start_cpu_processes_(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    for note in notes:
-        runner.logger.info(note)
+    for text in texts:
+        runner.logger.info(text)
     return runner
 
 
@@ -42,6 +42,8 @@ def tool(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             main()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # as PyTorch asks for before a process ends
         except (UserError, KeyboardInterrupt) as error:
             if os.environ.get('RL_MMDET_TRACEBACK') == '1':
                 raise
@@ -50,8 +52,3 @@ def tool(main: Callable[[], None]) -> Callable[[], None]:
                 sys.stderr.write('interrupted\n' if interrupted else f'error: {error}\n')
             sys.exit(130 if interrupted else 1)
     return run
-
-
-def set_local_rank(local_rank: int) -> None:
-    """Let a launcher that passes ``--local-rank`` count as one that sets the environment variable."""
-    os.environ.setdefault('LOCAL_RANK', str(local_rank))

@@ -1,12 +1,10 @@
-"""The tools' options, as changes of a config. Each checks that the config can take it."""
+"""The options of train.py and test.py, as changes of a config. Each checks that the config can take it."""
 import argparse
 from copy import deepcopy
 
 from mmdet.engine.hooks.utils import trigger_visualization_hook
-from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.runner import Runner
 
 from .errors import UserError
 
@@ -30,10 +28,10 @@ def enable_auto_scale_lr_(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def set_resume_(cfg: Config, source: str) -> None:
+def set_resume_(cfg: Config, checkpoint: str) -> None:
     """``--resume [FILE]``: go on from ``FILE``, or for ``'auto'`` from the latest checkpoint in the work dir."""
     cfg.resume = True
-    cfg.load_from = None if source == 'auto' else source
+    cfg.load_from = None if checkpoint == 'auto' else checkpoint
 
 
 def enable_visualization_(cfg: Config, args: argparse.Namespace) -> None:
@@ -62,12 +60,10 @@ def enable_tta_(cfg: Config) -> None:
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
 
 
-def check_out_file(path: str) -> None:
-    """``--out`` takes a pickle file."""
+def dump_predictions_(cfg: Config, path: str) -> None:
+    """``--out``: also write the predictions to a pickle file, for offline evaluation."""
     if not path.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {path}: must end in .pkl or .pickle')
-
-
-def dump_predictions_(runner: Runner, path: str) -> None:
-    """``--out``: also dump the predictions for offline evaluation."""
-    runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=path))
+    evaluators = cfg.get('test_evaluator') or []
+    dump = ConfigDict(type='DumpDetResults', out_file_path=path)
+    cfg.test_evaluator = [*(evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]), dump]

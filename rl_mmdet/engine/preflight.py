@@ -1,11 +1,10 @@
-"""Preflight: find the user's mistakes before anything is written and before training starts."""
+"""Checks of a config that find the user's mistakes before anything is written and before training starts."""
 import os
 import os.path as osp
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from mmdet.registry import DATASETS, MODELS
@@ -22,62 +21,49 @@ from .errors import UserError
 from .search import check_search, searched_module
 
 
-@dataclass
-class Preflight:
-    """What the checks found out, for the log.
+def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> list[str]:
+    """Check a config before training: model, checkpoints, data, work dir; then make the digit scenes if it uses them.
 
     Args:
-        replacements: replacement reports by module name.
-        checkpoints: load reports by the setting that names the checkpoint.
-    """
-    replacements: dict[str, str] = field(default_factory=dict)
-    checkpoints: dict[str, str] = field(default_factory=dict)
+        cfg: what is to be trained.
+        ignore_keys: regular expressions of tensors that may be missing in a checkpoint, or left over.
+        allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
 
-    def lines(self) -> Iterator[str]:
-        for title, text in (self.replacements | self.checkpoints).items():
-            yield f'{title}:\n{text}'
-
-
-def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> Preflight:
-    """Check a config before training: model, checkpoints, data, work dir; then make data that is made on first use.
+    Returns:
+        Texts for the log: what is replaced, and what each checkpoint is used for.
 
     Raises:
         UserError: the first mistake found. At most an empty work dir has been written then.
     """
-    found = inspect_training(cfg, ignore_keys=ignore_keys, allow_pickle=allow_pickle)
+    texts = inspect_training(cfg, ignore_keys=ignore_keys, allow_pickle=allow_pickle)
     prepare_files(cfg, 'train', 'val')
-    return found
+    return texts
 
 
-def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> Preflight:
-    """The part of :func:`check_training` that leaves data and work dir alone: model and checkpoints.
-
-    Raises:
-        UserError: the first mistake found.
-    """
+def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> list[str]:
+    """The first half of :func:`check_training`, which looks at model and checkpoints and writes nothing."""
     model = build_model(cfg)
     _check_distributed(cfg, model)
     check_search(cfg, model)
-    found = Preflight(replacements=_replacement_reports(model))
-    load = dict(ignore=ignore_keys, allow_pickle=allow_pickle)
-    for name, init in _pretrained_cfgs(model):
-        title = f'{name}.init_cfg={init["checkpoint"]}'
-        with _named(title):
-            report = check_checkpoint(model.get_submodule(name), init['checkpoint'], prefix=init.get('prefix') or '',
-                                      **load)
-        found.checkpoints[title] = str(report)
-    source = load_source(cfg)
-    if source:
-        with _named(source):
-            found.checkpoints[source] = str(check_checkpoint(model, source.split('=', 1)[1], **load))
-    return found
+    reports = {f'{name}.replacement': module.replacement_report for name, module in model.named_modules()
+               if getattr(module, 'replacement_report', None) is not None}
+    options = dict(ignore=ignore_keys, allow_pickle=allow_pickle)
+    for name, init in _pretrained_inits(model):
+        with _named(f'{name}.init_cfg'):
+            reports[f'{name}.init_cfg={init["checkpoint"]}'] = check_checkpoint(
+                model.get_submodule(name), init['checkpoint'], prefix=init.get('prefix') or '', **options)
+    setting, path = _first_checkpoint(cfg)
+    if path:
+        with _named(setting):
+            reports[f'{setting}={path}'] = check_checkpoint(model, path, **options)
+    return [f'{title}:\n{report}' for title, report in reports.items()]
 
 
 def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -> None:
-    """Check a config before testing.
+    """Check a config and the checkpoint to be tested: model, checkpoint, data, work dir.
 
     Raises:
-        UserError: as for :func:`check_training`; also a baseline's checkpoint for a replaced model.
+        UserError: the first mistake found; also a checkpoint of the baseline, whose blocks are replaced here.
     """
     model = build_model(cfg)
     if searched_module(model) is not None:
@@ -107,57 +93,62 @@ def build_model(cfg: Config) -> nn.Module:
         raise UserError(f'model: {_without_classes(error)}') from error
 
 
-def check_data(cfg: Config, phase: str) -> None:
-    """Check that the annotation files and image folders of one phase's loader and evaluator exist, or will be made."""
-    nodes = list(nested_dicts(cfg.get(f'{phase}_dataloader') or {}))
-    for node in nodes:
-        if 'ann_file' in node:
-            _check_dataset(node, f'{phase}_dataloader')
-    for node in nested_dicts(cfg.get(f'{phase}_evaluator') or {}):
-        if node.get('ann_file') and not any(map(_makes_own_files, nodes)):
-            _check_path(node['ann_file'], osp.isfile, f'{phase}_evaluator.ann_file')
-
-
-def make_data(cfg: Config, phase: str) -> None:
-    """Let the datasets of one phase that make their own files do so."""
-    for node in nested_dicts(cfg.get(f'{phase}_dataloader') or {}):
-        if _makes_own_files(node):
-            _make_files(node, f'{phase}_dataloader')
-
-
-def check_work_dir(path: str) -> None:
-    """Make the work dir and try to write in it."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f'--work-dir {path}: can\'t be written ({error.strerror})') from None
+def resume_checkpoint(cfg: Config) -> str | None:
+    """The checkpoint that a run with this config will be resumed from, or None."""
+    setting, path = _first_checkpoint(cfg)
+    return path if setting == 'resume' else None
 
 
 def prepare_files(cfg: Config, *phases: str) -> None:
-    """Check the data of some phases, then the work dir, which is made; then make data that is made on first use.
+    """Check the data of some phases, make the work dir, then make the digit scenes.
+
+    Args:
+        cfg: a config.
+        phases: ``train``, ``val``, ``test``.
 
     Raises:
         UserError: the first mistake found.
     """
     for phase in phases:
         check_data(cfg, phase)
-    check_work_dir(cfg.work_dir)
+    try:
+        os.makedirs(cfg.work_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cfg.work_dir):
+            pass
+    except OSError as error:
+        raise UserError(f'--work-dir {cfg.work_dir}: can\'t be written ({error.strerror})') from None
     for phase in phases:
         make_data(cfg, phase)
 
 
-def _check_dataset(node: Mapping[str, Any], where: str) -> None:
-    root = node.get('data_root') or ''
-    if node['ann_file']:
-        _check_path(osp.join(root, node['ann_file']), osp.isfile, f'{where}.dataset.ann_file')
-    prefix = node.get('data_prefix')
-    if isinstance(prefix, Mapping) and prefix.get('img'):
-        _check_path(osp.join(root, prefix['img']), osp.isdir, f'{where}.dataset.data_prefix.img')
+def check_data(cfg: Config, phase: str) -> None:
+    """Check that the annotation files and image folders of a phase's loader and evaluator are there, or can be made."""
+    nodes = list(nested_dicts(cfg.get(f'{phase}_dataloader') or {}))
+    for node in nodes:
+        root, prefix = node.get('data_root') or '', node.get('data_prefix')
+        if node.get('ann_file'):
+            _check_path(osp.join(root, node['ann_file']), osp.isfile, f'{phase}_dataloader.dataset.ann_file')
+        if 'ann_file' in node and isinstance(prefix, Mapping) and prefix.get('img'):
+            _check_path(osp.join(root, prefix['img']), osp.isdir, f'{phase}_dataloader.dataset.data_prefix.img')
+    for node in nested_dicts(cfg.get(f'{phase}_evaluator') or {}):
+        if node.get('ann_file') and not any(map(_is_digit_scenes, nodes)):
+            _check_path(node['ann_file'], osp.isfile, f'{phase}_evaluator.ann_file')
 
 
-def _check_path(path: str, exists: Any, setting: str) -> None:
+def make_data(cfg: Config, phase: str) -> None:
+    """Let the phase's digit scenes be drawn now, so that what is in their way shows before training."""
+    for node in filter(_is_digit_scenes, nested_dicts(cfg.get(f'{phase}_dataloader') or {})):
+        try:
+            DATASETS.build(dict(node, lazy_init=True))
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(f'{phase}_dataloader.dataset: {_without_classes(error)}') from error
+
+
+def _is_digit_scenes(node: Mapping[str, Any]) -> bool:
+    return node.get('type') in (DigitScenesDataset, DigitScenesDataset.__name__)
+
+
+def _check_path(path: str, exists: Callable[[str], bool], setting: str) -> None:
     if '://' not in path and not exists(path):
         raise UserError(f'{setting}: {path} doesn\'t exist (looked from {os.getcwd()}); put the data there or move '
                         'the config with --cfg-options data_root=DIR')
@@ -174,21 +165,8 @@ def _check_distributed(cfg: Config, model: nn.Module) -> None:
                         "model_wrapper_cfg.static_graph=True, or use mode 'detached'")
 
 
-def _makes_own_files(node: Mapping[str, Any]) -> bool:
-    cls = node.get('type')
-    cls = DATASETS.get(cls) if isinstance(cls, str) and cls.endswith('Dataset') else cls
-    return isinstance(cls, type) and issubclass(cls, DigitScenesDataset)
-
-
-def _make_files(node: Mapping[str, Any], where: str) -> None:
-    """Let a dataset that makes its own files do so now, so that what is in its way shows before training."""
-    try:
-        DATASETS.build(dict(node, lazy_init=True))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f'{where}.dataset: {_without_classes(error)}') from error
-
-
-def _pretrained_cfgs(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _pretrained_inits(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The ``init_cfg`` of every module that loads a checkpoint, with the module's name."""
     for name, module in model.named_modules():
         inits = getattr(module, 'init_cfg', None) or []
         for init in [inits] if isinstance(inits, Mapping) else inits:
@@ -196,23 +174,12 @@ def _pretrained_cfgs(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]
                 yield name, init
 
 
-def resume_source(cfg: Config) -> str | None:
-    """The checkpoint that the run will be resumed from, if it is."""
-    source = load_source(cfg)
-    return source.removeprefix('resume=') if source and source.startswith('resume=') else None
-
-
-def load_source(cfg: Config) -> str | None:
-    """The checkpoint that the run will start from, as ``setting=path``."""
-    if cfg.get('load_from'):
-        return f'{"resume" if cfg.get("resume") else "load_from"}={cfg.load_from}'
-    latest = find_latest_checkpoint(cfg.work_dir) if cfg.get('resume') and osp.isdir(cfg.work_dir) else None
-    return f'resume={latest}' if latest else None
-
-
-def _replacement_reports(model: nn.Module) -> dict[str, str]:
-    reports = {name: getattr(module, 'replacement_report', None) for name, module in model.named_modules()}
-    return {f'{name}.replacement': str(report) for name, report in reports.items() if report is not None}
+def _first_checkpoint(cfg: Config) -> tuple[str, str | None]:
+    """The setting because of which a run begins with a checkpoint, and the checkpoint's path, or None."""
+    path = cfg.get('load_from')
+    if not cfg.get('resume'):
+        return 'load_from', path
+    return 'resume', path or (find_latest_checkpoint(cfg.work_dir) if osp.isdir(cfg.work_dir) else None)
 
 
 def _without_classes(error: Exception) -> str:
@@ -226,4 +193,4 @@ def _named(setting: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f'{setting.split("=", 1)[0]}: {error}') from error
+        raise UserError(f'{setting}: {error}') from error

@@ -1,4 +1,4 @@
-"""timm's models: found by name, built for images of any size, and their weights read. timm is imported on first use."""
+"""timm's models: built by name, and their weights read. timm is imported on first use, as that takes a second."""
 import difflib
 import os
 import re
@@ -25,27 +25,21 @@ def build_timm_model(name: str, **kwargs: Any) -> nn.Module:
         ValueError: timm has no such model (the nearest names are suggested), or the model refuses an argument.
     """
     import timm
-    architecture = name.partition('.')[0]
-    if not timm.is_model(architecture):
-        known = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+    if not timm.is_model(name):
+        known = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(f'timm has no model {name!r}' + (f'; did you mean {", ".join(known)}?' if known else
                                                           "; timm.list_models('*NAME*') searches"))
     kwargs = dict(num_classes=0) | kwargs
     try:
-        return _build_for_any_size(name, kwargs)
+        try:
+            return timm.create_model(name, **dict(dynamic_img_size=True) | kwargs)
+        except TypeError as error:  # the model takes images of any size anyway, or of one size only
+            if 'dynamic_img_size' not in str(error) or 'dynamic_img_size' in kwargs:
+                raise
+        return timm.create_model(name, **kwargs)
     except (TypeError, AssertionError, RuntimeError) as error:
         hint = ' (inherited from a base config? then set _delete_=True)' if 'keyword argument' in str(error) else ''
         raise ValueError(f'timm model {name}: {error}{hint}') from error
-
-
-def _build_for_any_size(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    import timm
-    try:
-        return timm.create_model(name, **dict(dynamic_img_size=True) | kwargs)
-    except TypeError as error:
-        if 'dynamic_img_size' not in str(error) or 'dynamic_img_size' in kwargs:
-            raise
-    return timm.create_model(name, **kwargs)
 
 
 def read_timm_weights(source: str) -> dict[str, Tensor]:
@@ -69,22 +63,23 @@ def read_timm_weights(source: str) -> dict[str, Tensor]:
 
 
 def _weights_folder() -> Path:
+    """Where a user may put files that can't be downloaded."""
     return Path(torch.hub.get_dir()) / 'checkpoints'
 
 
 def _download(name: str) -> dict[str, Tensor]:
+    """The weights ``name`` from timm's cache or its download."""
     import timm
     from timm.models import load_state_dict_from_hf
-    architecture, _, tag = name.partition('.')
-    tags = timm.list_pretrained(f'{architecture}*')
-    if (name if tag else f'{name}.') not in (tags if tag else {f'{each.partition(".")[0]}.' for each in tags}):
-        raise FileNotFoundError(f'timm has no weights {name!r}' + (f'; it has {", ".join(tags[:5])}' if tags else ''))
+    if not timm.is_model_pretrained(name):
+        known = timm.list_pretrained(f'{name.partition(".")[0]}*')[:5]
+        raise FileNotFoundError(f'timm has no weights {name!r}' + (f'; it has {", ".join(known)}' if known else ''))
     cfg = timm.get_pretrained_cfg(name)
     try:
         if cfg.hf_hub_id:
             return load_state_dict_from_hf(cfg.hf_hub_id, cfg.hf_hub_filename or 'pytorch_model.bin', weights_only=True)
         return torch.hub.load_state_dict_from_url(cfg.url, map_location='cpu', weights_only=True)
-    except Exception as error:  # network, DNS, HTTP and hub errors come in every class
+    except Exception as error:  # network, DNS, HTTP and hub errors have no common class
         where = f'model.safetensors of {cfg.hf_hub_id}' if cfg.hf_hub_id else Path(cfg.url).name
         raise FileNotFoundError(
             f'the weights {name} are not on this machine and can\'t be fetched ({type(error).__name__}); download '
@@ -93,13 +88,13 @@ def _download(name: str) -> dict[str, Tensor]:
 
 
 def untouched(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The timm model without tensors, to look at its keys and shapes; costs no memory and no initialisation."""
+    """The timm model on the meta device, to look at its keys and shapes: it takes no memory and no time."""
     with torch.device('meta'):
         return build_timm_model(name, **kwargs)
 
 
 def timm_layout(name: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Let timm translate ``tensors`` for one of its models: keys of the original project, position embeddings.
+    """Let timm translate a checkpoint for one of its models: the original project's keys, position embeddings.
 
     Args:
         name: of the model.
@@ -125,5 +120,5 @@ def timm_layout(name: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> d
 
 @CheckpointLoader.register_scheme(prefixes=[SCHEME, r'[^:]*\.safetensors$'])
 def _load(path: str, map_location: Any = 'cpu') -> dict[str, Tensor]:
-    """MMEngine's way to ``timm://NAME``, ``timm://FILE`` and ``FILE.safetensors``, for any model's ``init_cfg``."""
+    """What MMEngine calls for ``timm://NAME``, ``timm://FILE`` and ``FILE.safetensors`` in any model's ``init_cfg``."""
     return read_timm_weights(path.removeprefix(SCHEME))

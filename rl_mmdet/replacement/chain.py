@@ -111,7 +111,7 @@ class Chain:
         On either side it is the nearest kept block; where its tensor has another size, the nearest one of the
         chain that has the right size: blocks with global and with windowed attention have position tables of two
         sizes. With ``adapt``, and only where the chain has none, the nearest one of any size. A tensor for which
-        only one side has one is taken from that side (method.md, RL-v1).
+        only one side has one is taken from that side.
         """
         before, after = self._kept(index, choice or {})
         return {name: (self._nearest(before, name, index), self._nearest(after, name, index))

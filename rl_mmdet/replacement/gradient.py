@@ -47,7 +47,7 @@ class Gradient:
     def __init__(self, mode: str = 'detached', every: int | None = None, recompute: bool | None = None) -> None:
         if mode not in self.MODES:
             raise ValueError(f'unknown mode {mode!r}; allowed: {", ".join(self.MODES)}')
-        if recompute not in (None, True, False):
+        if recompute is not None and not isinstance(recompute, bool):
             raise TypeError(f'recompute must be True, False or None, got {recompute!r}')
         if every is None:
             every = 8 if mode == 'detached' else 1

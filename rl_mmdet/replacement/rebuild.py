@@ -6,11 +6,12 @@ how to make it. All else is kept as ever, and so is everything where the mark go
 """
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 MARK = '_made_again_by'
 
@@ -87,11 +88,13 @@ class _Hooks:
 def _instead_of(tensor: Tensor, maker: _Maker) -> Any:
     """The context in which autograd keeps ``maker`` in the place of ``tensor``."""
     alive, version = weakref.ref(tensor), tensor._version
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)  # of an activation checkpoint, for instance
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if outer and outer[0].__module__ == checkpoint.__module__:
+        return nullcontext()  # an activation checkpoint keeps nothing anyway, and a maker would keep its own inputs
 
     def pack(saved: Tensor) -> Any:
         kept = alive()  # it is while the block runs, so the same memory means the same tensor
-        if kept is not None and saved.is_set_to(kept) and saved._version == version:
+        if kept is not None and saved.shape == kept.shape and saved.is_set_to(kept) and saved._version == version:
             return maker
         return outer[0](saved) if outer else saved
 

@@ -30,7 +30,7 @@ def read():
 
 
 @pytest.mark.parametrize(('arguments', 'said'), [
-    (('--variants', 'slimm'), "unknown 'slimm'; allowed: baseline, folded, skip, naive"),
+    (('--variants', 'slimm'), "unknown 'slimm'; allowed: baseline, folded, skip, every-1"),
     (('--variants', 'baseline+fold'), 'allowed: baseline, folded'),
     (('--config', 'missing.py'), '--config missing.py: a file is missing'),
     (('--config', 'mmdet::missing.py'), 'mmdet::PATH'),
@@ -56,7 +56,7 @@ def config(tiny_config):
 
 
 def test_page_and_data_of_a_backbone(run, config):
-    names = ['skip', 'naive', 'rebuild', 'slim', 'frozen', 'checkpoint', 'folded', 'skip+fold', 'rebuild+fold']
+    names = ['skip', 'every-1', 'every-8', 'slim', 'frozen', 'checkpoint', 'folded', 'skip+fold', 'every-8+fold']
     status, _ = run('--config', config, '--backbone-only', '--size', 64, 64, '--rounds', 2, '--variants', *names)
     assert status == 0
     found, = read()['cases']
@@ -66,14 +66,15 @@ def test_page_and_data_of_a_backbone(run, config):
     assert all(len(row['ratios']) == 2 and 'milliseconds' not in row for row in rows.values())
     assert set(rows['baseline']['ratios']) == {1.}
     assert set(rows['skip']['shares'].values()) == {1.}
-    assert rows['naive']['shares']['flops'] == 0
+    assert rows['every-1']['shares']['flops'] == 0 < rows['every-8']['shares']['flops']
+    assert rows['every-1']['calls'] > rows['every-8']['calls'] > rows['baseline']['calls'] > rows['skip']['calls']
     assert rows['slim']['shares']['flops'] > 0.5
     assert rows['checkpoint']['flops'] > rows['baseline']['flops'] > rows['frozen']['flops']
     assert rows['folded']['saved'] < rows['baseline']['saved']
-    assert 'flops' in rows['rebuild+fold']['shares'] and rows['folded']['shares'] == {}
+    assert 'flops' in rows['every-8+fold']['shares'] and rows['folded']['shares'] == {}
     page = Path('results/page.md').read_text()
     assert '--rounds 2' in page
-    assert '| rebuild+fold | ' in page
+    assert '| every-8+fold | ' in page
 
 
 def test_a_detectors_variants_work_on_the_same_regions(run, config):

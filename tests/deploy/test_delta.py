@@ -22,46 +22,39 @@ def files(tmp_path):
     return {name: str(tmp_path / name) for name in ('base.pth', 'tuned.pth', 'delta.safetensors', 'out.pth')}
 
 
-def save(files):
+@pytest.fixture
+def delta(files):
+    """The delta's own account of itself; the file is there."""
     return save_delta(files['base.pth'], files['tuned.pth'], files['delta.safetensors'])
 
 
-def test_a_delta_holds_the_tensors_that_differ_and_nothing_else(files):
-    info = save(files)
-    assert info.tensors == {'0.bias': (4,), '2.weight': (7, 4), 'half': (3, 2)}
-    assert info.removed == ['2.bias']
-    assert info.numbers == 4 + 28 + 6
-    assert set(load_file(files['delta.safetensors'])) == set(info.tensors)
-    assert delta_info(files['delta.safetensors']) == info
+def test_a_delta_holds_the_tensors_that_differ_and_nothing_else(files, delta):
+    assert delta.tensors == {'0.bias': (4,), '2.weight': (7, 4), 'half': (3, 2)}
+    assert delta.removed == ['2.bias']
+    assert delta.numbers == 4 + 28 + 6
+    assert set(load_file(files['delta.safetensors'])) == set(delta.tensors)
+    assert delta_info(files['delta.safetensors']) == delta
 
 
-def test_applied_it_gives_the_same_checkpoint_bit_for_bit(files, assert_same_state):
-    save(files)
+def test_applied_it_gives_the_same_checkpoint_bit_for_bit(files, delta, assert_same_state):
     apply_delta(files['base.pth'], files['delta.safetensors'], files['out.pth'])
     found, wanted = (torch.load(files[name], weights_only=True) for name in ('out.pth', 'tuned.pth'))
     assert_same_state(dict(sorted(found['state_dict'].items())), dict(sorted(wanted['state_dict'].items())))
     assert found['meta']['dataset_meta'] == dict(classes=['a', 'b'])
 
 
-def test_another_base_is_refused_and_nothing_is_written(files, tmp_path):
-    save(files)
-    base = torch.load(files['base.pth'], weights_only=True)
-    base['state_dict']['1.weight'][0] += 1
+def test_another_base_is_refused_but_not_the_same_one_in_another_file(files, delta, tmp_path):
+    base = torch.load(files['base.pth'], weights_only=True)['state_dict']
+    save_file(dict(reversed(base.items())), tmp_path / 'base.safetensors')
+    base['1.weight'][0] += 1
     torch.save(base, tmp_path / 'other.pth')
     with pytest.raises(UserError, match=r'other\.pth: not the base of this delta: .* hash is'):
         apply_delta(str(tmp_path / 'other.pth'), files['delta.safetensors'], files['out.pth'])
     assert not (tmp_path / 'out.pth').exists()
-
-
-def test_the_same_base_in_another_file_is_accepted(files, tmp_path):
-    save(files)
-    base = torch.load(files['base.pth'], weights_only=True)['state_dict']
-    save_file(dict(reversed(base.items())), tmp_path / 'base.safetensors')
     apply_delta(str(tmp_path / 'base.safetensors'), files['delta.safetensors'], files['out.pth'])
 
 
-def test_a_damaged_delta_is_refused(files, tmp_path):
-    save(files)
+def test_a_damaged_delta_is_refused(files, delta, tmp_path):
     content = bytearray((tmp_path / 'delta.safetensors').read_bytes())
     content[-1] ^= 1
     (tmp_path / 'delta.safetensors').write_bytes(content)
@@ -69,45 +62,33 @@ def test_a_damaged_delta_is_refused(files, tmp_path):
         apply_delta(files['base.pth'], files['delta.safetensors'], files['out.pth'])
 
 
-@pytest.mark.parametrize('name', ['delta.safetensors', 'out.pth'])
-def test_files_are_not_overwritten(files, tmp_path, name):
-    if name == 'out.pth':
-        save(files)
-    (tmp_path / name).write_text('mine')
-    with pytest.raises(UserError, match='exists already'):
-        if name == 'out.pth':
-            apply_delta(files['base.pth'], files['delta.safetensors'], files['out.pth'])
-        else:
-            save(files)
-    assert (tmp_path / name).read_text() == 'mine'
+def test_files_are_not_overwritten(files, delta, tmp_path):
+    (tmp_path / 'out.pth').write_text('mine')
+    with pytest.raises(UserError, match='out.pth: exists already'):
+        apply_delta(files['base.pth'], files['delta.safetensors'], files['out.pth'])
+    with pytest.raises(UserError, match='delta.safetensors: exists already'):
+        save_delta(files['base.pth'], files['tuned.pth'], files['delta.safetensors'])
+    assert (tmp_path / 'out.pth').read_text() == 'mine'
 
 
-def test_checkpoints_without_anything_in_common_are_refused(files, tmp_path):
-    torch.save(dict(state_dict={'0.bias': torch.randn(4)}), tmp_path / 'tuned.pth')
-    with pytest.raises(UserError, match='no tensor is the same'):
-        save(files)
-
-
-@pytest.mark.parametrize(('content', 'complaint'), [
-    (None, 'there is no such file'), (b'rubbish', 'not a safetensors file'),
-])
-def test_what_is_no_delta_is_refused(tmp_path, content, complaint):
-    path = tmp_path / 'delta.safetensors'
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=complaint):
-        delta_info(str(path))
-
-
-def test_other_safetensors_are_refused(tmp_path):
-    save_file({'x': torch.ones(2)}, tmp_path / 'weights.safetensors')
-    with pytest.raises(UserError, match='not a delta file of this version'):
-        delta_info(str(tmp_path / 'weights.safetensors'))
-
-
-def test_another_ending_is_refused(files):
+def test_what_gives_no_delta_is_refused(files, tmp_path):
     with pytest.raises(UserError, match=r'a delta file is called \*\.safetensors'):
         save_delta(files['base.pth'], files['tuned.pth'], files['out.pth'])
+    torch.save(dict(state_dict={'0.bias': torch.randn(4)}), tmp_path / 'tuned.pth')
+    with pytest.raises(UserError, match='no tensor is the same'):
+        save_delta(files['base.pth'], files['tuned.pth'], files['delta.safetensors'])
+
+
+def test_what_is_no_delta_is_refused(tmp_path):
+    path = tmp_path / 'delta.safetensors'
+    with pytest.raises(UserError, match='there is no such file'):
+        delta_info(str(path))
+    path.write_bytes(b'rubbish')
+    with pytest.raises(UserError, match='not a safetensors file'):
+        delta_info(str(path))
+    save_file({'x': torch.ones(2)}, path)
+    with pytest.raises(UserError, match='not a delta file of this version'):
+        delta_info(str(path))
 
 
 def test_state_hash_depends_on_key_type_shape_and_bits_not_on_order():

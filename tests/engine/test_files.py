@@ -1,26 +1,22 @@
 """Files that are there as a whole or not at all."""
 import pytest
 
-from rl_mmdet.engine import UserError, check_new_file, written_whole
+from rl_mmdet.engine import UserError
+from rl_mmdet.engine.files import check_new_file, written_whole
 
 
-def test_a_file_appears_when_it_is_complete(tmp_path):
+def test_a_file_is_replaced_when_it_is_complete_and_not_after_an_error(tmp_path):
     path = tmp_path / 'file.txt'
     path.write_text('old')
-    with written_whole(path) as part:
-        part.write_text('new')
+    with pytest.raises(ZeroDivisionError), written_whole(str(path)) as file:
+        file.write_text('ne')
+        1 / 0  # noqa: B018
+    assert path.read_text() == 'old'
+    with written_whole(path) as file:
+        file.write_text('new')
         assert path.read_text() == 'old'
     assert path.read_text() == 'new'
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_after_an_error_the_old_file_stays(tmp_path):
-    path = tmp_path / 'file.txt'
-    path.write_text('old')
-    with pytest.raises(ZeroDivisionError), written_whole(str(path)) as part:
-        part.write_text('ne')
-        1 / 0  # noqa: B018
-    assert path.read_text() == 'old'
 
 
 def test_whatever_is_in_the_place_of_a_new_file_is_named(tmp_path):

@@ -31,11 +31,11 @@ from rl_mmdet.engine import (
     check_training,
     load_config,
     read_checkpoint,
-    resume_source,
-    set_resume_,
+    resume_checkpoint,
     take_found_,
 )
 from rl_mmdet.engine.hooks import SearchHook
+from rl_mmdet.engine.options import set_resume_
 from rl_mmdet.replacement import computing_layers
 
 WORLD = 2
@@ -147,7 +147,7 @@ def start(config: str, work: Path | str, resume: str | None = None, hooks: tuple
     cfg = load_config(config, options | named(), str(work))
     if resume:
         set_resume_(cfg, resume)
-    take_found_(cfg, resume_source(cfg))
+    take_found_(cfg, resume_checkpoint(cfg))
     runner = build_runner(add_rl_defaults_(cfg))
     for hook in hooks:
         runner.register_hook(hook)

@@ -19,10 +19,10 @@ from rl_mmdet.engine import (
     check_training,
     load_config,
     read_checkpoint,
-    resume_source,
-    set_resume_,
+    resume_checkpoint,
     take_found_,
 )
+from rl_mmdet.engine.options import set_resume_
 
 EPOCHS = 4
 TRANSFER = '''
@@ -74,7 +74,7 @@ def start(config, work, resume=None, **options):
     cfg = load_config(config, options | {'experiment_name': name, 'visualizer.name': name}, str(work))
     if resume:
         set_resume_(cfg, resume)
-    take_found_(cfg, resume_source(cfg))
+    take_found_(cfg, resume_checkpoint(cfg))
     return build_runner(add_rl_defaults_(cfg))
 
 

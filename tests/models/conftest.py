@@ -1,4 +1,5 @@
-"""Every backbone class, as small as it goes: what the tests that hold for all of them run over."""
+"""Every backbone class, as small as it goes. The tests that hold for all of them run over a fixed sample, and over all
+where ``slow`` is selected."""
 import copy
 import math
 from collections.abc import Callable
@@ -13,9 +14,7 @@ from mmdet.models.backbones.trident_resnet import TridentConv
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-import rl_mmdet.models  # noqa: F401  registers the RL backbones
-from rl_mmdet.models.backbones.rl_vit import ViTDet
-from rl_mmdet.models.backbones.timm_backbone import TimmBackbone
+from rl_mmdet.models import TimmBackbone
 
 EVERY_SECOND = dict(plan=dict(type='EveryKth', k=2))
 
@@ -42,11 +41,13 @@ class Case:
     def build_baseline(self, **more: Any) -> nn.Module:
         return _build(dict(self.baseline, **more))
 
-    def build(self, mode: str = 'detached', fusion: dict[str, Any] | None = None, **more: Any) -> nn.Module:
-        return _build(dict(self.rl, replacement=dict(EVERY_SECOND, fusion=fusion, gradient=dict(mode=mode)), **more))
+    def build_unreplaced(self, **more: Any) -> nn.Module:
+        return _build(dict(self.rl, replacement=None, **more))
 
-    def build_unreplaced(self) -> nn.Module:
-        return _build(dict(self.rl, replacement=None))
+    def build(self, mode: str = 'detached', fusion: dict[str, Any] | None = None,
+              operator: dict[str, Any] | None = None, **more: Any) -> nn.Module:
+        replacement = dict(EVERY_SECOND, fusion=fusion, operator=operator, gradient=dict(mode=mode, every=1))
+        return _build(dict(self.rl, replacement=replacement, **more))
 
 
 def _build(cfg: dict[str, Any]) -> nn.Module:
@@ -114,14 +115,18 @@ FROZEN = dict(frozen_stages=1, norm_eval=True)
 
 CASES = {
     'RLResNet': own('RLResNet', 'ResNet', TINY, R50, frozen=FROZEN, with_cp=True),
+    'RLResNet_34': own('RLResNet', 'ResNet', dict(TINY, depth=34), {
+        'layer1': [1], 'layer2': [1], 'layer3': [1, 3], 'layer4': [1]}, frozen=FROZEN, with_cp=True),
     'RLResNetV1d': own('RLResNetV1d', 'ResNetV1d', TINY, R50, frozen=FROZEN, with_cp=True),
     'RLResNeXt': own('RLResNeXt', 'ResNeXt', TINY_X, R50, frozen=FROZEN, with_cp=True),
     'RLSwin': own('RLSwin', 'SwinTransformer', dict(SWIN, window_size=4), {'stages.2.blocks': [1, 3]},
                   frozen=dict(frozen_stages=2), with_cp=True),
     'RLSwin_window7': own('RLSwin', 'SwinTransformer', dict(SWIN, depths=(2, 4, 3, 2), window_size=7),
                           {'stages.1.blocks': [1], 'stages.2.blocks': [1]}, frozen=dict(frozen_stages=2), with_cp=True),
-    'RLViT': own('RLViT', ViTDet, dict(arch=dict(VIT, depth=6), img_size=64, window_size=2), BLOCKS,
-                 frozen=dict(frozen_stages=1), with_cp=True),
+    'RLViT': Case(dict(VIT, type=TimmBackbone, timm='samvit_base_patch16', depth=6, img_size=64, window_size=2,
+                       global_attn_indexes=(0, 2, 3, 5), use_rel_pos=True, neck_chans=0),
+                  dict(type='RLViT', arch=dict(VIT, depth=6), img_size=64, window_size=2), BLOCKS,
+                  frozen=dict(frozen_stages=1), with_cp=True),
     'RLViT_timm': of_timm('vit_tiny_patch16_224', dict(VIT, depth=6), BLOCKS, 'RLViT', frozen=dict(frozen_stages=1)),
     'RLViT_eva02': of_timm('eva02_tiny_patch14_224', dict(VIT, depth=5), BLOCKS, 'RLViT',
                            frozen=dict(frozen_stages=1)),
@@ -184,7 +189,6 @@ ATTENTION = plugin('after_conv2', 'GeneralizedAttention', spatial_range=-1, num_
 DCN = dict(type='DCN', deform_groups=1)
 GN = dict(type='GN', num_groups=2)
 ARGUMENTS = {
-    'depth_34': resnet(depth=34),
     'depth_101': resnet(depth=101, replaced=R50 | {'layer3': list(range(1, 22, 2))}),
     'caffe': resnet(style='caffe', norm_cfg=dict(type='BN', requires_grad=False)),
     'in_channels': resnet(in_channels=3, stem_channels=6),
@@ -214,32 +218,41 @@ ARGUMENTS = {
     'resnext_dcn': resnet('ResNeXt', dcn=DCN, stage_with_dcn=(0, 1, 0, 0)),
     'resnext_plugin': resnet('ResNeXt', plugins=[plugin('after_conv3')]),
 }
-"""What the ResNets' arguments change in a block or around the chains: the tests in test_backbones.py take them, too."""
+"""What the ResNets' arguments change in a block or around the chains."""
+SAMPLE = ('RLResNet', 'RLResNet_34', 'RLSwin', 'RLViT', 'Res2Net', 'MobileNetV2', 'timm_convnext')
+"""The mechanisms that every run of the tests covers; the other cases are ``slow``."""
 
 
-def only(test: Callable[[Case], Any]) -> dict[str, Any]:
-    names = [name for name, case in CASES.items() if test(case)]
-    return dict(params=[CASES[name] for name in names], ids=names)
+def params(cases: dict[str, Case]) -> list:
+    """The cases as a fixture's parameters."""
+    return [pytest.param(case, id=name, marks=() if name in SAMPLE else pytest.mark.slow)
+            for name, case in cases.items()]
 
 
-@pytest.fixture(scope='module', params=CASES.values(), ids=CASES)
+@pytest.fixture(scope='session')
+def cases() -> dict[str, Case]:
+    """All, by name, for the tests that choose some."""
+    return CASES | ARGUMENTS
+
+
+@pytest.fixture(scope='module', params=params(CASES))
 def case(request) -> Case:
     return request.param
 
 
-@pytest.fixture(scope='module', params=(CASES | ARGUMENTS).values(), ids=CASES | ARGUMENTS)
+@pytest.fixture(scope='module', params=params(CASES | ARGUMENTS))
 def setting(request) -> Case:
     """Every class, and every argument of the ResNets."""
     return request.param
 
 
-@pytest.fixture(scope='module', **only(lambda case: case.frozen is not None))
+@pytest.fixture(scope='module', params=params({name: case for name, case in CASES.items() if case.frozen is not None}))
 def freezing(request) -> Case:
     """The classes that freeze stages or norms."""
     return request.param
 
 
-@pytest.fixture(scope='module', **only(lambda case: case.with_cp))
+@pytest.fixture(scope='module', params=params({name: case for name, case in CASES.items() if case.with_cp}))
 def checkpointing(request) -> Case:
     """The classes that checkpoint activations."""
     return request.param

@@ -11,25 +11,17 @@ from rl_mmdet.replacement import computing_layers, materialize
 
 @dataclass(frozen=True)
 class Built:
-    """Of one setting: replaced with random weights and statistics, materialized, unreplaced, and the baseline.
-
-    ``outputs`` and ``plain_outputs`` are the first two's in eval (False) and in train mode (True).
-    """
+    """Of one setting: the baseline, ours unreplaced, ours replaced with random weights, and that one materialized."""
+    baseline: nn.Module
+    unreplaced: nn.Module
     model: nn.Module
     plain: nn.Module
-    unreplaced: nn.Module
-    baseline: nn.Module
-    outputs: dict[bool, Any]
-    plain_outputs: dict[bool, Any]
 
 
 @pytest.fixture(scope='module')
 def built(setting, randomise_) -> Built:
     model = randomise_(setting.build())
-    plain = materialize(model)
-    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    outputs = [{train: run(each, train, image) for train in (False, True)} for each in (model, plain)]
-    return Built(model, plain, setting.build_unreplaced(), setting.build_baseline(), *outputs)
+    return Built(setting.build_baseline(), setting.build_unreplaced(), model, materialize(model))
 
 
 def run(model: nn.Module, train: bool, image: Tensor) -> Any:
@@ -49,10 +41,17 @@ def modules(model: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(module)) for name, module in model.named_modules() if name]
 
 
-# Without replacement
+def learns(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
 
-def test_no_replacement_state_dict_is_the_baselines(built, assert_same_state):
+
+def test_no_replacement_is_the_baseline(built, image, assert_same_state):
     assert_same_state(built.unreplaced.state_dict(), built.baseline.state_dict())
+    assert modules(built.unreplaced) == modules(built.baseline)
+    assert built.unreplaced.replacement_report is None
+    for train in (False, True):
+        outs = [run(model, train, image) for model in (built.unreplaced, built.baseline)]
+        assert all(torch.equal(one, other) for one, other in zip(*outs, strict=True))
 
 
 def test_no_replacement_init_weights_is_the_baselines(case, assert_same_state):
@@ -64,61 +63,23 @@ def test_no_replacement_init_weights_is_the_baselines(case, assert_same_state):
     assert_same_state(*states)
 
 
-@pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])
-def test_no_replacement_outputs_are_the_baselines(built, image, train):
-    outs = [run(model, train, image) for model in (built.unreplaced, built.baseline)]
-    assert all(torch.equal(one, other) for one, other in zip(*outs, strict=True))
-
-
-def test_no_replacement_modules_are_the_baselines(built):
-    assert modules(built.unreplaced) == modules(built.baseline)
-
-
-def test_no_replacement_there_is_no_report(built):
-    assert built.unreplaced.replacement_report is None
-
-
-# What a replaced backbone holds
-
-def test_replaced_blocks_are_every_second_that_can_be(built, setting):
+def test_replaced_model_holds_kept_tensors_buffers_and_a_pair_per_block(built, setting):
     replaced = built.model.replacement_report.replaced
     assert {chain: indices for chain, indices in replaced.items() if indices} == setting.replaced
-
-
-def test_state_dict_is_kept_tensors_buffers_and_a_pair_per_block(built):
     gone = tuple(f'{name}.' for name in computing_layers(built.model))
+    assert len(gone) == sum(map(len, setting.replaced.values()))
     buffers = {name for name, _ in built.baseline.named_buffers()}
     expected = {key: shape for key, shape in shapes(built.baseline).items()
                 if key in buffers or not key.startswith(gone)}
     assert shapes(built.model) == expected | {f'{name}coeff': (2,) for name in gone}
 
 
-def test_parameters_are_two_per_replaced_block_and_the_kept_blocks(built):
-    removed = [built.baseline.get_submodule(name) for name in computing_layers(built.model)]
-    model, baseline, gone = (sum(p.numel() for p in nn.ModuleList(parts).parameters())
-                             for parts in ([built.model], [built.baseline], removed))
-    assert model == baseline - gone + 2 * len(removed)
-
-
-def test_materialize_keys_and_shapes_are_the_baselines(built):
+def test_materialized_model_is_the_baselines_with_the_replaced_ones_outputs(built, image, assert_near):
     assert shapes(built.plain) == shapes(built.baseline)
-
-
-def test_materialize_modules_are_the_baselines(built):
     assert modules(built.plain) == modules(built.baseline)
-
-
-def test_materialize_keeps_who_learns(built):
-    plain, baseline = ({name: p.requires_grad for name, p in model.named_parameters()}
-                       for model in (built.plain, built.baseline))
-    assert plain == baseline
-
-
-# What it computes
-
-@pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])
-def test_materialize_outputs_equal(built, assert_near, train):
-    assert_near(built.outputs[train], built.plain_outputs[train])
+    assert learns(built.plain) == learns(built.baseline)
+    for train in (False, True):
+        assert_near(run(built.model, train, image), run(built.plain, train, image))
 
 
 def test_output_shapes_of_an_odd_image_are_the_baselines(built, setting):

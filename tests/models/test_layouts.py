@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from rl_mmdet.engine import UserError, check_checkpoint
 from rl_mmdet.models import RLResNet, RLResNetV1d, RLSwin, RLViT
-from rl_mmdet.models.layouts import own_layout, resize_offsets, resize_positions, resize_table, state_dict_of
+from rl_mmdet.models.layouts import own_layout, state_dict_of
 from rl_mmdet.replacement import computing_layers, materialize, replace_blocks_
 
 EVERY_SECOND = dict(plan=dict(type='EveryKth', k=2), fusion=dict(pretrained='least_squares'))
@@ -147,7 +147,8 @@ original_convnext = renamed(
 
 LAYOUTS = {
     'swin_timm': Layout(swin, dict, OUR_SWIN, dict(embed_dims=8), normed, (128, 128)),
-    'swin_original': Layout(swin, original_swin, OUR_SWIN, dict(embed_dims=8), normed, (128, 128)),
+    'swin_original': Layout(swin, original_swin, dict(OUR_SWIN, convert_weights=True), dict(embed_dims=8), normed,
+                            (128, 128)),
     'resnet_timm': Layout(lambda: timm.create_model('resnet50', channels=(4, 8, 16, 32)), dict, dict(
         type='RLResNet', depth=50, base_channels=4, stem_channels=64), WIDER, lambda *args: timm_maps(*args)[1:]),
     'resnet_v1d_timm': Layout(lambda: timm.create_model('resnet50d', channels=(4, 8, 16, 32), stem_width=2), dict, dict(
@@ -171,89 +172,63 @@ LAYOUTS = {
 }
 
 
-@dataclass(frozen=True)
-class Saved:
-    layout: Layout
-    source: nn.Module
-    path: str
-
-    def build(self, **more: Any) -> nn.Module:
-        init_cfg = ConfigDict(type='Pretrained', checkpoint=self.path)
-        return MODELS.build(dict(self.layout.cfg, init_cfg=init_cfg, replacement=EVERY_SECOND) | more)
+SAMPLE = ('swin_original', 'resnet_v1d_timm', 'vit_mae', 'sam', 'pvt_original', 'convnext_original')
+"""Layouts that every run of the tests covers; the others are ``slow``."""
 
 
-@pytest.fixture(scope='module', params=LAYOUTS.values(), ids=LAYOUTS)
-def saved(request, randomise_, tmp_path_factory) -> Saved:
-    """A source whose removed blocks are exact combinations of their neighbours, saved as its project does."""
+@pytest.mark.parametrize('layout', [pytest.param(layout, id=name, marks=() if name in SAMPLE else pytest.mark.slow)
+                                    for name, layout in LAYOUTS.items()])
+def test_layout_gives_the_outputs_of_its_source(layout, randomise_, tmp_path, in_mode, assert_near):
+    """The source's removed blocks are exact combinations of their neighbours, which least squares finds."""
     torch.manual_seed(0)
-    source = request.param.source()
+    source = layout.source()
     replace_blocks_(source, EVERY_SECOND)
-    source = materialize(randomise_(source))
-    source.eval()
-    path = tmp_path_factory.mktemp('weights') / 'weights.pth'
-    torch.save(request.param.file(dict(source.state_dict())), path)
-    return Saved(request.param, source, str(path))
+    source = in_mode(materialize(randomise_(source)), False)
+    torch.save(layout.file(dict(source.state_dict())), tmp_path / 'weights.pth')
+    path = str(tmp_path / 'weights.pth')
 
-
-def test_layout_gives_the_outputs_of_its_source(saved, in_mode, assert_near):
-    image = torch.randn(1, 3, *saved.layout.images, generator=torch.Generator().manual_seed(3))
-    model = saved.build()
+    cfg = dict(layout.cfg, init_cfg=ConfigDict(type='Pretrained', checkpoint=path), replacement=EVERY_SECOND)
+    model = MODELS.build(cfg)
+    assert set(check_checkpoint(model, path).fits) == set(computing_layers(model))
     model.init_weights()
-    assert_near(in_mode(model, False)(image), saved.layout.maps(saved.source, image), 1e-3)
-
-
-def test_layout_initialises_every_replaced_block(saved):
-    model = saved.build()
-    model.init_weights()
-    for layer in computing_layers(model).values():
-        assert not layer.coeff.eq(0.5).any()
-
-
-def test_preflight_accepts_the_layout(saved):
-    model = saved.build()
-    assert set(check_checkpoint(model, saved.path).fits) == set(computing_layers(model))
-
-
-def test_preflight_refuses_the_layout_for_another_architecture(saved):
+    image = torch.randn(1, 3, *layout.images, generator=torch.Generator().manual_seed(3))
+    assert_near(in_mode(model, False)(image), layout.maps(source, image), 1e-3)
     with pytest.raises(UserError, match=r"tensors don't fit the model|can't read weights"):
-        check_checkpoint(saved.build(**saved.layout.other), saved.path)
+        check_checkpoint(MODELS.build(cfg | layout.other), path)
 
 
 # Single layouts
 
-def test_plain_timm_resnet18_gives_its_outputs(randomise_, in_mode, assert_near):
-    source = randomise_(timm.create_model('resnet18', channels=(4, 8, 16, 32))).eval()
-    model, image = RLResNet(18, base_channels=4, stem_channels=64), torch.randn(1, 3, 64, 64)
-    model.load_state_dict(source.state_dict(), strict=False)
-    assert_near(in_mode(model, False)(image), timm_maps(source, image)[1:])
+def without_type(cfg: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in cfg.items() if key != 'type'}
 
 
-def test_timm_resnet18d_gives_its_outputs(randomise_, in_mode, assert_near):
-    source = randomise_(timm.create_model('resnet18d', channels=(4, 8, 16, 32), stem_width=2)).eval()
-    model, image = RLResNetV1d(depth=18, base_channels=4), torch.randn(1, 3, 64, 64)
-    missing, _ = model.load_state_dict(own_layout(model, source.state_dict()), strict=False)
-    assert missing == []
-    assert_near(in_mode(model, False)(image), timm_maps(source, image)[1:])
+def timm_resnet(depth: str) -> nn.Module:
+    more = dict(stem_width=2) if depth.endswith('d') else {}
+    return timm.create_model(f'resnet{depth}', channels=(4, 8, 16, 32), **more)
+
+
+@pytest.mark.parametrize(('build', 'source', 'maps', 'size'), [
+    (lambda: RLResNet(18, base_channels=4, stem_channels=64), lambda: timm_resnet('18'), timm_maps, 64),
+    (lambda: RLResNetV1d(depth=18, base_channels=4), lambda: timm_resnet('18d'), timm_maps, 64),
+    (lambda: RLSwin(**without_type(OUR_SWIN)), swin, normed, 128)], ids=['resnet18', 'resnet18d', 'swin'])
+def test_timm_layout_without_replacement_gives_its_outputs(build, source, maps, size, randomise_, in_mode, assert_near):
+    source, model = in_mode(randomise_(source()), False), in_mode(build(), False)
+    image = torch.randn(1, 3, size, size)
+    model.load_state_dict(own_layout(model, source.state_dict()), strict=False)
+    outs = model(image)
+    assert_near(outs, maps(source, image)[-len(outs):])
 
 
 def test_timm_layout_for_the_unreplaced_resnet_v1d_is_refused_as_it_would_not_be_read(tmp_path):
-    source = timm.create_model('resnet50d', channels=(4, 8, 16, 32), stem_width=2)
-    torch.save(source.state_dict(), tmp_path / 'resnet50d.pth')
+    torch.save(timm_resnet('50d').state_dict(), tmp_path / 'resnet50d.pth')
     with pytest.raises(UserError, match=r'stem\.0\.weight is missing'):
         check_checkpoint(RLResNetV1d(depth=50, base_channels=4), str(tmp_path / 'resnet50d.pth'))
 
 
 def test_timm_layout_for_mmdets_own_swin_is_refused_and_names_ours():
-    cfg = {key: value for key, value in OUR_SWIN.items() if key != 'type'}
     with pytest.raises(ValueError, match=r"mmdet's SwinTransformer doesn't read timm's layout; RLSwin does"):
-        own_layout(SwinTransformer(**cfg), swin().state_dict())
-
-
-def test_swin_without_replacement_reads_timms_layout(randomise_, in_mode, assert_near):
-    source, image = randomise_(swin()).eval(), torch.randn(1, 3, 128, 128)
-    model = RLSwin(**{key: value for key, value in OUR_SWIN.items() if key != 'type'})
-    model.load_state_dict(source.state_dict(), strict=False)
-    assert_near(in_mode(model, False)(image), normed(source, image))
+        own_layout(SwinTransformer(**without_type(OUR_SWIN)), swin().state_dict())
 
 
 def test_preflight_names_the_missing_tensor_in_the_models_own_names(tmp_path):
@@ -309,27 +284,21 @@ def test_relative_positions_of_another_grid_are_interpolated_when_sams_layout_is
         torch.testing.assert_close(model.blocks[index].attn.rel_pos_h.detach(), expected)
 
 
-@pytest.mark.parametrize('tokens', [0, 1, 2])
-def test_resize_positions_drops_the_tokens_before_the_patches(tokens):
-    patches = torch.randn(1, 16, 5)
-    resized = resize_positions(torch.cat([torch.ones(1, tokens, 5), patches], 1), (4, 4))
-    assert torch.equal(resized.flatten(1, 2), patches)
+@pytest.mark.parametrize(('window', 'replacement'), [(3, None), (7, None), (7, EVERY_SECOND)])
+def test_position_tables_of_another_window_are_interpolated_when_swins_layout_is_loaded(window, replacement):
+    source, name = swin(), 'blocks.0.attn.{}relative_position_bias_table'
+    model = RLSwin(**dict(without_type(OUR_SWIN), window_size=window, replacement=replacement))
+    model.load_state_dict(original_swin(source.state_dict()), strict=False)
+    given = source.layers[2].get_parameter(name.format(''))  # offsets from -1 to 1 in both directions, two heads
+    square = F.interpolate(given.T.view(1, 2, 3, 3), (2 * window - 1, 2 * window - 1), mode='bicubic')
+    torch.testing.assert_close(model.stages[2].get_parameter(name.format('w_msa.')), square.view(2, -1).T)
 
 
-def test_resize_positions_of_no_square_grid_raises():
-    with pytest.raises(ValueError, match=r'for 15 tokens are for no square grid .* can.t be interpolated to 4x6'):
-        resize_positions(torch.zeros(1, 15, 8), (4, 6))
-
-
-def test_resize_table_of_no_square_raises():
-    with pytest.raises(ValueError, match=r'table of 48 rows is not square and can.t be interpolated to 5x5'):
-        resize_table(torch.zeros(48, 2), (5, 5))
-
-
-@pytest.mark.parametrize('resize', [lambda x: resize_table(x, (7, 7)), lambda x: resize_offsets(x, 49)])
-def test_resize_of_the_same_size_is_the_same_tensor(resize):
-    table = torch.randn(49, 2)
-    assert resize(table) is table
+def test_position_table_that_is_no_square_raises():
+    state = dict(swin().state_dict())
+    state['layers.0.blocks.0.attn.relative_position_bias_table'] = torch.zeros(8, 1)
+    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0\..*table has 8 rows, which is no square, and can't be"):
+        RLSwin(**without_type(OUR_SWIN)).load_state_dict(state)
 
 
 def test_preflight_refuses_positions_of_no_square_grid(tmp_path):
@@ -343,17 +312,10 @@ def test_preflight_refuses_positions_of_no_square_grid(tmp_path):
 
 @pytest.mark.parametrize('wrapper', ['model', 'state_dict', 'state_dict_ema', 'model_ema'])
 def test_state_dict_of_finds_the_tensors_where_projects_keep_them(wrapper):
-    tensors = {'a.weight': torch.ones(1)}
-    assert state_dict_of({wrapper: tensors, 'epoch': 3}, wrapped=True) == tensors
-
-
-def test_state_dict_of_prefers_the_average():
-    average, last = {'a': torch.ones(1)}, {'a': torch.zeros(1)}
-    assert state_dict_of(dict(model=last, model_ema=average), wrapped=True) == average
-
-
-def test_state_dict_of_leaves_out_what_is_no_tensor():
-    assert state_dict_of(dict(a=torch.ones(1), epoch=3, args=dict(lr=0.1))).keys() == {'a'}
+    tensors, others = {'a.weight': torch.ones(1)}, {'a.weight': torch.zeros(1)}
+    assert state_dict_of({wrapper: tensors | dict(step=3), 'epoch': 3}, wrapped=True) == tensors
+    if wrapper.endswith('ema'):  # averages are preferred
+        assert state_dict_of({wrapper: tensors, 'model': others}, wrapped=True) == tensors
 
 
 @pytest.mark.parametrize('prefix', ['backbone', 'backbone.'])

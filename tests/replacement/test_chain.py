@@ -1,204 +1,219 @@
-"""Chains: where they are found, who the neighbours are, who can't be replaced."""
+"""Chains: where they are found, whose tensors are used, who can't be replaced; with and without other sizes."""
 import pytest
 import torch
-from torch import nn
+from mmdet.models.backbones import ResNet
+from torch import Tensor, nn
 
-from rl_mmdet.replacement import find_chains
-from rl_mmdet.replacement.chain import Chain, Place
-
-
-def test_find_chains_two_stages(toy_net):
-    chains = find_chains(toy_net())
-    assert {name: len(chain) for name, chain in chains.items()} == {'layer1': 3, 'layer2': 6}
+from rl_mmdet.replacement import find_chains, replace_blocks_
+from rl_mmdet.replacement.chain import Chain, describe_replaceable
 
 
-def test_find_chains_nested_in_a_wrapper_has_qualified_names(toy_net):
-    assert list(find_chains(nn.ModuleDict({'backbone': toy_net()}))) == ['backbone.layer1', 'backbone.layer2']
+def layer(width: int = 4, hidden: int = 4) -> nn.Module:
+    return nn.TransformerEncoderLayer(width, 1, hidden)
 
 
-def test_find_chains_module_list_is_a_chain():
-    blocks = nn.ModuleList(nn.TransformerEncoderLayer(4, 1, 4) for _ in range(3))
-    assert list(find_chains(nn.ModuleDict({'blocks': blocks}))) == ['blocks']
+def layers(count: int) -> list[nn.Module]:
+    return [layer() for _ in range(count)]
 
 
-def test_find_chains_model_that_is_itself_a_chain():
-    chain = find_chains(nn.Sequential(*(nn.TransformerEncoderLayer(4, 1, 4) for _ in range(3))))['']
-    assert len(chain) == 3
+def names(places) -> tuple:
+    return tuple(place and place.name for place in places)
 
 
-def test_find_chains_single_convolutions_are_no_blocks():
-    laterals = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
-    assert find_chains(nn.ModuleDict({'laterals': laterals})) == {}
-
-
-def test_find_chains_blocks_of_two_classes_are_no_chain():
-    mixed = nn.Sequential(nn.TransformerEncoderLayer(4, 1, 4), nn.TransformerDecoderLayer(4, 1, 4))
-    assert find_chains(nn.ModuleDict({'mixed': mixed})) == {}
-
-
-def test_find_chains_one_block_is_no_chain():
-    assert find_chains(nn.ModuleDict({'single': nn.Sequential(nn.TransformerEncoderLayer(4, 1, 4))})) == {}
-
+# Where they are found
 
 class Stage(nn.Module):
     """Something with a chain inside: a stage of a hierarchical transformer, or a block of layers."""
 
     def __init__(self, depth: int, width: int = 4) -> None:
         super().__init__()
-        self.inner = nn.ModuleList(nn.TransformerEncoderLayer(width, 1, width) for _ in range(depth))
+        self.inner = nn.ModuleList(layer(width, width) for _ in range(depth))
 
 
-def test_find_chains_list_of_stages_gives_the_chain_of_each():
-    stages = nn.ModuleDict({'stages': nn.ModuleList([Stage(2), Stage(2), Stage(3)])})
-    assert list(find_chains(stages)) == ['stages.0.inner', 'stages.1.inner', 'stages.2.inner']
+class Numbered(nn.Module):
+    """A stage that names its blocks itself."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, layer())
 
 
-def test_find_chains_inside_a_block_are_no_chains():
-    blocks = nn.ModuleDict({'blocks': nn.ModuleList([Stage(2), Stage(2), Stage(2)])})
-    assert list(find_chains(blocks)) == ['blocks']
+@pytest.mark.parametrize(('build', 'expected'), [
+    (lambda: nn.ModuleDict({'blocks': nn.ModuleList(layers(3))}), {'blocks': 3}),
+    (lambda: nn.Sequential(*layers(3)), {'': 3}),
+    (lambda: nn.ModuleList([Stage(2), Stage(2), Stage(3)]), {'0.inner': 2, '1.inner': 2, '2.inner': 3}),  # stages
+    (lambda: nn.ModuleDict({'blocks': nn.ModuleList([Stage(2), Stage(2), Stage(2)])}), {'blocks': 3}),  # blocks
+    (lambda: nn.ModuleDict({'stage': nn.Sequential(nn.Conv2d(3, 4, 1), *layers(3))}), {'stage': 3}),
+    (lambda: nn.ModuleDict({'stage': Numbered('b1', 'b2', 'b3')}), {'stage': 3}),
+    # none
+    (lambda: nn.ModuleDict({'stage': Numbered('first', 'second', 'third')}), {}),
+    (lambda: nn.ModuleDict({'stage': Numbered('b1', 'b3', 'b5')}), {}),
+    (lambda: nn.ModuleDict({'stage': Numbered('a1', 'b2', 'c3')}), {}),
+    (lambda: nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3)), {}),  # no residual units
+    (lambda: nn.Sequential(layer(), nn.TransformerDecoderLayer(4, 1, 4)), {}),  # two classes
+    (lambda: nn.Sequential(layer()), {}),
+    (lambda: nn.ModuleList(Stage(1, width) for width in (4, 6, 8)), {}),  # no weight of the same shape
+])
+def test_find_chains(build, expected):
+    assert {name: len(chain) for name, chain in find_chains(build()).items()} == expected
 
 
-def test_find_chains_blocks_that_share_no_weight_shape_are_no_chain():
-    widths = nn.ModuleDict({'widths': nn.ModuleList(Stage(1, width) for width in (4, 6, 8))})
-    assert find_chains(widths) == {}
+def test_find_chains_inside_a_wrapper_have_qualified_names(toy_net):
+    chains = find_chains(nn.ModuleDict({'backbone': toy_net()}))
+    assert list(chains) == ['backbone.layer1', 'backbone.layer2']
+    assert chains['backbone.layer2'].block_name(1) == 'backbone.layer2.1'
 
+
+def test_find_chains_two_runs_in_one_container_are_called_by_their_places():
+    stage = nn.Sequential(*layers(3), nn.Conv2d(4, 4, 1), *(nn.TransformerDecoderLayer(4, 1, 4) for _ in range(2)))
+    chains = find_chains(nn.ModuleDict({'stage': stage}))
+    assert {name: chain.keys for name, chain in chains.items()} == {
+        'stage[0:3]': ['0', '1', '2'], 'stage[4:6]': ['4', '5']}
+
+
+# Whose tensors are used
 
 @pytest.mark.parametrize(('index', 'replaced', 'expected'), [
-    (2, [2], (1, 3)),
-    (2, [2, 3], (1, 4)),
-    (3, [2, 3], (1, 4)),
-    (3, [1, 2, 3, 4], (0, 5)),
-    (0, [0], (None, 1)),
-    (5, [5], (4, None)),
-    (1, [0, 1], (None, 2)),
-])
+    (2, [2], (1, 3)), (2, [2, 3], (1, 4)), (3, [2, 3], (1, 4)), (3, [1, 2, 3, 4], (0, 5)), (0, [0], (None, 1))])
 def test_neighbours_are_the_nearest_kept(toy_net, index, replaced, expected):
     chain = find_chains(toy_net())['layer2']
     found = chain.neighbours(index, {'layer2': replaced})
     assert tuple(place and place.index for place in found) == expected
 
 
-def test_block_name_uses_the_container_keys():
-    container = nn.Sequential()
-    container.add_module('first', nn.TransformerEncoderLayer(4, 1, 4))
-    container.add_module('second', nn.TransformerEncoderLayer(4, 1, 4))
-    assert Chain('stage', container).block_name(1) == 'stage.second'
-
-
-def test_why_not_first_block(toy_net):
-    assert find_chains(toy_net())['layer2'].why_not(0) == 'no kept block before it in its stage'
-
-
-def test_why_not_last_block(toy_net):
-    assert find_chains(toy_net())['layer2'].why_not(5) == 'no kept block after it in its stage'
-
-
-def test_why_not_when_all_blocks_before_are_replaced(toy_net):
-    chain = find_chains(toy_net())['layer2']
-    assert chain.why_not(1, {'layer2': [0, 1]}) == 'no kept block before it in its stage'
-
-
-def test_why_not_interior_block_is_none(toy_net):
-    assert find_chains(toy_net())['layer2'].why_not(3) is None
-
-
-def test_why_not_frozen_stage(toy_net):
-    net = toy_net()
-    net.layer2.requires_grad_(False)
-    assert 'frozen' in find_chains(net)['layer2'].why_not(2)
-
-
-def test_why_not_partly_frozen_stage_is_none(toy_net):
-    net = toy_net()
-    net.layer2[:5].requires_grad_(False)
-    assert find_chains(net)['layer2'].why_not(2) is None
-
-
-def test_why_not_no_shape_equal_neighbour_names_the_tensor():
-    chain = Chain('wide', nn.Sequential(*(nn.TransformerEncoderLayer(4, 1, size) for size in (4, 6, 4))))
-    assert chain.why_not(1).startswith('linear1.weight (6, 4) has no tensor of its shape in a kept block '
-                                             'of its stage, such as wide.0 or wide.2')
-
-
-def test_why_not_one_side_without_any_equal_shape_names_it():
-    chain = Chain('wide', nn.Sequential(*(nn.TransformerEncoderLayer(size, 1, size) for size in (2, 8, 8))))
-    assert chain.why_not(1) == 'no kept block before it has a tensor of its shapes'
-
-
-def test_replaceable_is_the_interior(toy_net):
-    assert find_chains(toy_net())['layer2'].replaceable() == [1, 2, 3, 4]
-
-
-def test_sources_one_shape_equal_neighbour(toy_net):
-    chain = find_chains(toy_net())['layer1']
-    assert chain.sources(1)['conv1.weight'] == (None, Place(chain, 2))
-
-
-def test_sources_both_shapes_equal(toy_net):
-    chain = find_chains(toy_net())['layer1']
-    assert {sides for name, sides in chain.sources(1).items() if name != 'conv1.weight'} == {
-        (Place(chain, 0), Place(chain, 2))}
+def test_donors_are_the_neighbours_whose_tensor_has_the_shape(toy_net):
+    donors = find_chains(toy_net())['layer1'].donors(1)
+    assert names(donors.pop('conv1.weight')) == (None, 'layer1.2')
+    assert {names(sides) for sides in donors.values()} == {('layer1.0', 'layer1.2')}
 
 
 def windowed(*sizes: int) -> Chain:
     """A chain of layers that differ in the size of one table."""
-    blocks = [nn.TransformerEncoderLayer(4, 1, 4) for _ in sizes]
+    blocks = layers(len(sizes))
     for block, size in zip(blocks, sizes, strict=True):
         block.table = nn.Parameter(torch.zeros(size))
     return Chain('blocks', nn.Sequential(*blocks))
 
 
-@pytest.mark.parametrize(('index', 'replaced', 'table'), [
-    (1, [1], (0, 3)),        # the block after it has a table of another size, the one behind that the right one
-    (3, [3], (1, 4)),
-    (2, [2], (None, 5)),     # only one other block of its kind
-    (3, [1, 3, 4], (0, 6)),  # the nearest ones of its kind are replaced as well
+@pytest.mark.parametrize(('index', 'replaced', 'table', 'others'), [
+    (1, [1], (0, 3), (0, 2)),  # the block after it has a table of another size, the one behind that the right one
+    (3, [3], (1, 4), (2, 4)),
+    (2, [2], (None, 5), (1, 3)),  # only one other block of its kind
+    (3, [1, 3, 4], (0, 6), (2, 5)),  # the nearest ones of its kind are replaced as well
 ])
-def test_sources_of_another_size_come_from_the_nearest_block_that_has_the_right_one(index, replaced, table):
-    sources = windowed(7, 7, 9, 7, 7, 9, 7).sources(index, {'blocks': replaced})
-    sources = {name: tuple(place and place.index for place in sides) for name, sides in sources.items()}
-    assert sources['table'] == table
-    before = max(i for i in range(index) if i not in replaced)
-    after = min(i for i in range(index + 1, 7) if i not in replaced)
-    assert sources['linear1.weight'] == (before, after)
+def test_donors_of_another_size_come_from_the_nearest_block_that_has_the_right_one(index, replaced, table, others):
+    donors = windowed(7, 7, 9, 7, 7, 9, 7).donors(index, {'blocks': replaced})
+    found = {name: tuple(place and place.index for place in sides) for name, sides in donors.items()}
+    assert (found['table'], found['linear1.weight']) == (table, others)
 
 
-def test_replaceable_blocks_of_two_kinds():
+# Who can be replaced
+
+def test_replaceable_is_the_interior(toy_net):
+    assert find_chains(toy_net())['layer2'].replaceable() == [1, 2, 3, 4]
     assert windowed(7, 7, 9, 7, 7, 9, 7).replaceable() == [1, 2, 3, 4, 5]
 
 
-def test_why_not_the_only_block_of_its_kind_names_the_tensor():
-    assert windowed(7, 7, 9, 7).why_not(2).startswith('table (9,) has no tensor of its shape')
+@pytest.mark.parametrize(('index', 'choice', 'reason'), [
+    (0, [], 'no kept block before it in its stage'), (5, [], 'no kept block after it in its stage'),
+    (1, [0, 1], 'no kept block before it in its stage'), (3, [], None)])
+def test_why_not_at_the_ends(toy_net, index, choice, reason):
+    assert find_chains(toy_net())['layer2'].why_not(index, {'layer2': choice}) == reason
 
 
-def test_find_chains_run_behind_another_module_is_called_like_the_container():
-    stage = nn.Sequential(nn.Conv2d(3, 4, 1), *(nn.TransformerEncoderLayer(4, 1, 4) for _ in range(3)))
-    [chain] = find_chains(nn.ModuleDict({'stage': stage})).values()
-    assert (chain.name, len(chain), chain.block_name(0)) == ('stage', 3, 'stage.1')
+def test_why_not_frozen_stage_only_if_it_is_frozen_as_a_whole(toy_net):
+    net = toy_net()
+    net.layer2[:5].requires_grad_(False)
+    assert find_chains(net)['layer2'].why_not(2) is None
+    net.layer2.requires_grad_(False)
+    assert 'frozen' in find_chains(net)['layer2'].why_not(2)
+    net.requires_grad_(False)
+    assert describe_replaceable(find_chains(net)) == 'blocks that can be replaced: none'
 
 
-def test_find_chains_two_runs_in_one_container_are_called_by_their_places():
-    layers = [nn.TransformerEncoderLayer(4, 1, 4) for _ in range(3)]
-    stage = nn.Sequential(*layers, nn.Conv2d(4, 4, 1), *(nn.TransformerDecoderLayer(4, 1, 4) for _ in range(2)))
-    chains = find_chains(nn.ModuleDict({'stage': stage}))
-    assert {name: chain.keys for name, chain in chains.items()} == {
-        'stage[0:3]': ['0', '1', '2'], 'stage[4:6]': ['4', '5']}
+@pytest.mark.parametrize(('chain', 'index', 'reason'), [
+    (lambda: Chain('wide', nn.Sequential(*(layer(4, size) for size in (4, 6, 4)))), 1,
+     'linear1.weight (6, 4) has no tensor of its shape in a kept block of its stage, such as wide.0 or wide.2'),
+    (lambda: windowed(7, 7, 9, 7), 2,
+     'table (9,) has no tensor of its shape in a kept block of its stage, such as blocks.1 or blocks.3'),
+    (lambda: Chain('wide', nn.Sequential(*(layer(size, size) for size in (2, 8, 8)))), 1,
+     'no kept block before it has a tensor of its shapes'),
+])
+def test_why_not_shapes_that_nobody_has(chain, index, reason):
+    assert chain().why_not(index) == reason
 
 
-class Numbered(nn.Module):
-    """A stage that numbers its blocks itself."""
+# With tensors of other sizes
 
-    def __init__(self, *names: str) -> None:
+@pytest.fixture(scope='module')
+def adapted() -> dict[str, Chain]:
+    """The chains of an R-50."""
+    return find_chains(ResNet(50, base_channels=4), adapt=True)
+
+
+@pytest.mark.parametrize(('stage', 'index', 'choice', 'expected'), [
+    ('layer1', 0, {}, (None, 'layer1.1')),
+    ('layer2', 0, {}, ('layer1.2', 'layer2.1')),
+    ('layer4', 2, {}, ('layer4.1', None)),
+    ('layer2', 0, {'layer1': [2], 'layer2': [0]}, ('layer1.1', 'layer2.1')),  # a replaced block there is skipped
+    ('layer2', 0, {'layer1': [0, 1, 2], 'layer2': [0]}, (None, 'layer2.1')),  # so is a whole stage
+    ('layer3', 2, {'layer3': range(6)}, ('layer2.3', 'layer4.0')),
+])
+def test_adapted_neighbours_are_the_nearest_kept_of_all_stages(adapted, stage, index, choice, expected):
+    assert names(adapted[stage].neighbours(index, choice)) == expected
+
+
+@pytest.mark.parametrize(('stage', 'index', 'choice', 'tensor', 'expected'), [
+    # the right size in the own stage is preferred to a nearer block of another size
+    ('layer2', 2, {'layer2': [2]}, 'conv1.weight', ('layer2.1', 'layer2.3')),
+    ('layer2', 3, {'layer2': [2, 3]}, 'conv1.weight', ('layer2.1', 'layer3.0')),
+    # only first blocks have a downsample
+    ('layer2', 0, {'layer2': [0], 'layer3': [0]}, 'downsample.0.weight', ('layer1.0', 'layer4.0')),
+    ('layer1', 0, {}, 'downsample.0.weight', (None, 'layer2.0')),
+    ('layer4', 0, {}, 'downsample.1.bias', ('layer3.0', None)),
+])
+def test_adapted_donors(adapted, stage, index, choice, tensor, expected):
+    assert names(adapted[stage].donors(index, choice)[tensor]) == expected
+
+
+def test_adapted_every_block_can_be_replaced(adapted):
+    assert [len(chain.replaceable()) for chain in adapted.values()] == [3, 4, 6, 3]
+
+
+class Sized(nn.Module):
+    """A residual unit whose second weight has a size of its own."""
+
+    def __init__(self, size: int) -> None:
         super().__init__()
-        for name in names:
-            self.add_module(name, nn.TransformerEncoderLayer(4, 1, 4))
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, size), nn.Linear(size, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.three(self.two(self.one(x)))
 
 
-def test_find_chains_children_that_are_numbered_are_a_chain():
-    [chain] = find_chains(nn.ModuleDict({'stage': Numbered('b1', 'b2', 'b3')})).values()
-    assert (chain.name, chain.keys) == ('stage', ['b1', 'b2', 'b3'])
+def sized(*sizes: int) -> nn.Sequential:
+    return nn.Sequential(*map(Sized, sizes))
 
 
-@pytest.mark.parametrize('names', [('first', 'second', 'third'), ('b1', 'b3', 'b5'), ('a1', 'b2', 'c3')])
-def test_find_chains_children_that_are_not_numbered_in_order_are_no_chain(names):
-    assert find_chains(nn.ModuleDict({'stage': Numbered(*names)})) == {}
+def test_adapted_the_right_size_is_looked_for_in_the_own_stage_only():
+    donors = find_chains(sized(8, 6, 8, 6), adapt=True)[''].donors(2)
+    assert (names(donors['two.weight']), names(donors['one.weight'])) == (('0', '3'), ('1', '3'))
+    chains = find_chains(nn.ModuleDict({'a': sized(8, 8), 'b': sized(6, 8, 6)}), adapt=True)
+    assert names(chains['b'].donors(1)['two.weight']) == ('b.0', 'b.2')
+
+
+def test_adapted_stages_of_other_blocks_are_no_neighbours(toy_net):
+    chains = find_chains(nn.Sequential(sized(4, 4), toy_net().layer2, sized(6, 6)), adapt=True)
+    assert names(chains['0'].neighbours(1)) == ('0.0', '2.0')
+    assert names(chains['1'].neighbours(0)) == (None, '1.1')
+
+
+@pytest.mark.parametrize(('build', 'blocks', 'message'), [
+    (lambda net: sized(8, 8), {'': [0, 1]}, 'no kept block before it in its model'),
+    (lambda net: net, {'layer1': [0]},  # it alone has a shortcut
+     r'no kept block has a tensor shortcut\.weight.*nearest: layer1\.1'),
+])
+def test_adapted_what_nobody_has_is_named(toy_net, build, blocks, message):
+    with pytest.raises(ValueError, match=message):
+        replace_blocks_(build(toy_net()), dict(plan=dict(type='Blocks', blocks=blocks), fusion=dict(adapt=True)))

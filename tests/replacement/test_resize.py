@@ -7,8 +7,7 @@ from torch import Tensor
 from rl_mmdet.replacement.resize import can_resize, kind_of, resize, stretch
 
 
-@pytest.mark.parametrize(('name', 'shape'), [
-    ('conv1.weight', (4, 3, 3, 3)), ('bn1.bias', (4,)), ('attn.relative_position_bias_table', (9, 2)), ('cls', ())])
+@pytest.mark.parametrize(('name', 'shape'), [('conv1.weight', (4, 3, 3, 3)), ('cls', ())])
 def test_resize_to_the_own_shape_is_the_tensor_itself(name, shape):
     tensor = torch.randn(shape)
     assert resize(name, tensor, torch.Size(shape)) is tensor
@@ -17,12 +16,8 @@ def test_resize_to_the_own_shape_is_the_tensor_itself(name, shape):
 @pytest.mark.parametrize(('name', 'shape', 'kind'), [
     ('conv.weight', (4, 3, 3, 3), 'weight'),
     ('fc.weight', (4, 3), 'weight'),
-    ('fc.weight', (1, 3), 'weight'),
-    ('conv.weight', (1, 1, 1, 1), 'weight'),
     ('conv_dw.weight', (4, 1, 1, 1), 'weight'),
     ('norm.weight', (4,), 'vector'),
-    ('norm.weight', (1,), 'vector'),
-    ('ls1.gamma', (4,), 'vector'),
     ('gamma', (4, 1, 1), 'vector'),
     ('temperature', (), 'vector'),
     ('attn.relative_position_bias_table', (49, 3), 'table'),
@@ -34,16 +29,6 @@ def test_kind_of_a_tensor(name, shape, kind):
 
 # Channels
 
-def test_widened_output_channels_stand_in_order():
-    weight = torch.arange(3.0).view(3, 1)
-    assert resize('weight', weight, (7, 1)).flatten().tolist() == [0, 0, 0, 1, 1, 2, 2]
-
-
-def test_narrowed_output_channels_stand_in_order():
-    weight = torch.arange(6.0).view(6, 1)
-    assert resize('weight', weight, (4, 1)).flatten().tolist() == [0, 1, 3, 4]
-
-
 def test_stretch_equals_the_floor_formula_along_any_axis():
     tensor = torch.randn(5, 6, 7)
     for axis, size in [(0, 8), (1, 4), (2, 7), (1, 13)]:
@@ -51,7 +36,7 @@ def test_stretch_equals_the_floor_formula_along_any_axis():
         assert torch.equal(stretch(tensor, size, axis), torch.stack(columns, axis))
 
 
-@pytest.mark.parametrize('channels', [6, 8, 2, 3])
+@pytest.mark.parametrize('channels', [6, 2])
 def test_query_key_and_value_stay_in_their_parts(channels):
     parts = torch.arange(3.0).repeat_interleave(4)  # 0: query, 1: key, 2: value
     expected = [part for part in (0, 1, 2) for _ in range(channels)]
@@ -59,18 +44,7 @@ def test_query_key_and_value_stay_in_their_parts(channels):
     assert resize('qkv.weight', parts[:, None], (3 * channels, 1)).flatten().tolist() == expected
 
 
-def test_query_key_and_value_weights_are_those_resized_one_by_one():
-    parts = [torch.randn(4, 4) for _ in range(3)]
-    one_by_one = torch.cat([resize('weight', part, (6, 6)) for part in parts])
-    torch.testing.assert_close(resize('weight', torch.cat(parts), (18, 6)), one_by_one)
-
-
-def test_heads_stay_in_their_parts():
-    heads = torch.arange(2.0).repeat_interleave(8)
-    assert resize('bias', heads, (12,)).tolist() == [0.0] * 6 + [1.0] * 6
-
-
-@pytest.mark.parametrize(('old', 'new'), [(64, 128), (64, 96), (128, 64), (96, 64), (64, 32)])
+@pytest.mark.parametrize(('old', 'new'), [(64, 96), (96, 64)])
 @pytest.mark.parametrize('space', [(), (3, 3)], ids=['linear', 'convolution'])
 def test_independent_inputs_give_outputs_of_the_same_variance(old, new, space):
     weight, count = torch.randn(256, old, *space), 512
@@ -89,15 +63,9 @@ def test_input_channels_are_chosen_and_weighted_as_the_equation_says():
             assert made[u, v].item() == pytest.approx((3 / 6) ** 0.5 * weight[u // 2, v // 2].item())
 
 
-def test_grouped_weight_keeps_the_order_of_its_groups():
-    weight = torch.arange(4.0).repeat_interleave(2).view(8, 1, 1, 1).expand(8, 2, 3, 3)  # four groups of two
-    made = resize('weight', weight, (16, 2, 3, 3))
-    assert made[:, 0, 0, 0].tolist() == [0.0] * 4 + [1.0] * 4 + [2.0] * 4 + [3.0] * 4
-
-
 # Kernels
 
-@pytest.mark.parametrize(('old', 'new'), [((1, 1), (3, 3)), ((3, 3), (7, 7)), ((3, 1), (5, 3)), ((1, 3), (3, 3))])
+@pytest.mark.parametrize(('old', 'new'), [((1, 1), (3, 3)), ((3, 1), (5, 3))])
 def test_grown_kernel_computes_the_same(old, new):
     weight, x = torch.randn(4, 3, *old), torch.randn(2, 3, 9, 9)
     expected = F.conv2d(x, weight, padding=(old[0] // 2, old[1] // 2))
@@ -105,13 +73,7 @@ def test_grown_kernel_computes_the_same(old, new):
     torch.testing.assert_close(F.conv2d(x, made, padding=(new[0] // 2, new[1] // 2)), expected)
 
 
-def test_grown_kernel_of_one_dimension_computes_the_same():
-    weight, x = torch.randn(4, 3, 1), torch.randn(2, 3, 9)
-    torch.testing.assert_close(F.conv1d(x, resize('weight', weight, (4, 3, 5)), padding=2), F.conv1d(x, weight))
-
-
-@pytest.mark.parametrize(('old', 'new'), [((3, 3), (1, 1)), ((7, 7), (3, 3)), ((5, 3), (3, 1)), ((7, 7), (5, 5)),
-                                          ((7, 3), (3, 5))])
+@pytest.mark.parametrize(('old', 'new'), [((3, 3), (1, 1)), ((5, 3), (3, 1)), ((7, 3), (3, 5))])
 def test_resized_kernel_keeps_the_response_to_a_constant(old, new):
     weight = torch.randn(4, 3, *old, dtype=torch.float64)
     made = resize('conv.weight', weight, (4, 3, *new))
@@ -125,19 +87,12 @@ def test_shrunk_kernel_is_summed_over_areas():
     torch.testing.assert_close(resize('weight', weight, (2, 2, 3, 3)), blocks)
 
 
-def test_kernel_and_channels_together_are_one_after_the_other():
-    weight = torch.randn(4, 6, 5, 5)
-    step = resize('weight', weight, (8, 3, 5, 5))
-    torch.testing.assert_close(resize('weight', weight, (8, 3, 3, 3)), resize('weight', step, (8, 3, 3, 3)))
-
-
 # Vectors
 
 @pytest.mark.parametrize(('shape', 'new', 'expected'), [
     ((3,), (6,), [0, 0, 1, 1, 2, 2]),
     ((4,), (2,), [0, 2]),
     ((2, 1, 1), (4, 1, 1), [0, 0, 1, 1]),
-    ((1,), (3,), [0, 0, 0]),
 ])
 def test_vectors_repeat_or_leave_out_channels(shape, new, expected):
     made = resize('norm.weight', torch.arange(float(shape[0])).view(shape), new)
@@ -146,20 +101,6 @@ def test_vectors_repeat_or_leave_out_channels(shape, new, expected):
 
 
 # Tables
-
-def plane(size: int) -> Tensor:
-    """A map (size², 2) of 1 + x + 2y, and its negative, sampled at the centres of a size × size grid over [0, 1]²."""
-    at = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    values = (1 + at[None, :] + 2 * at[:, None]).flatten()
-    return torch.stack([values, -values], 1)
-
-
-@pytest.mark.parametrize(('old', 'new'), [(13, 25), (25, 13), (7, 8)])
-def test_square_table_is_a_map_of_two_axes(old, new):
-    made = resize('relative_position_bias_table', plane(old), (new ** 2, 2)).view(new, new, 2)
-    inside = slice(new // 4, new - new // 4)  # away from the border; torch's cubics give planes but nearly
-    torch.testing.assert_close(made[inside, inside], plane(new).view(new, new, 2)[inside, inside], rtol=0, atol=0.02)
-
 
 def test_square_table_is_bicubic():
     table = torch.randn(9, 2)
@@ -184,21 +125,10 @@ def test_constant_table_stays_constant():
         torch.testing.assert_close(resize('table', torch.full((old, 2), 3.0), (new, 2)), torch.full((new, 2), 3.0))
 
 
-def test_table_of_more_heads_repeats_them_in_order():
-    table = torch.randn(9, 2)
-    made = resize('relative_position_bias_table', table, (9, 4))
-    assert torch.equal(made, table[:, [0, 0, 1, 1]])
-
-
-def test_table_of_fewer_heads_leaves_some_out():
+def test_table_of_more_or_fewer_heads_keeps_their_order():
     table = torch.randn(9, 4)
     assert torch.equal(resize('relative_position_bias_table', table, (9, 2)), table[:, [0, 2]])
-
-
-def test_table_positions_and_heads_together():
-    table = torch.randn(9, 2)
-    expected = resize('table', table, (25, 2))[:, [0, 0, 1, 1]]
-    torch.testing.assert_close(resize('table', table, (25, 4)), expected)
+    assert torch.equal(resize('relative_position_bias_table', table[:, :2], (9, 4)), table[:, [0, 0, 1, 1]])
 
 
 # What can't be

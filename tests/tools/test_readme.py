@@ -34,11 +34,11 @@ def test_readme_has_commands_for_every_tool():
 
 
 @pytest.mark.parametrize('command', TOOL_COMMANDS)
-def test_readme_command_is_accepted_and_its_config_loads(command, monkeypatch):
+def test_readme_command_is_accepted_and_its_config_replaces_blocks(command, monkeypatch):
     args = parse(command, monkeypatch)
     configs = args.configs if 'compare.py' in command else [args.config]
     cfgs = [load_config(path if '::' in path else str(ROOT / path), args.cfg_options) for path in configs]
-    assert cfgs[-1].model.backbone.type.startswith('RL')
+    assert MODELS.build(cfgs[-1].model.backbone).replacement_report.replaced
 
 
 @pytest.mark.parametrize('command', [command for command in TOOL_COMMANDS if '../shared' in command])

@@ -2,7 +2,6 @@
 import glob
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -10,25 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine import load
 
 from rl_mmdet.engine import build_model, load_config
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run a tool in this process; returns its exit status and what it wrote to stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(tool, *args):
-        monkeypatch.setattr(sys, 'argv', [str(TOOLS / tool), *map(str, args)])
-        try:
-            runpy.run_path(str(TOOLS / tool), run_name='__main__')
-        except SystemExit as stop:
-            return stop.code or 0, capsys.readouterr()
-        return 0, capsys.readouterr()
-    return call
 
 
 def scalars(work_dir):
@@ -41,33 +26,35 @@ def log(work_dir):
     return '\n'.join(Path(file).read_text() for file in sorted(glob.glob(f'{work_dir}/*/*.log')))
 
 
-def test_train_from_a_pretrained_backbone_then_test_and_resume(run, tiny_config, tmp_path):
+def test_train_from_a_pretrained_backbone_then_test_and_resume(run_tool, tiny_config, tmp_path):
     baseline = build_model(load_config(tiny_config('atss_r34_fpn_digits.py')))
     torch.save(baseline.backbone.state_dict(), tmp_path / 'backbone.pth')
     init = f"dict(type='Pretrained', checkpoint='{tmp_path}/backbone.pth')"
     config = tiny_config(more='model = dict(backbone=dict(base_channels=4, norm_eval=True, '
                               f'init_cfg={init}), neck=dict(in_channels=[4, 8, 16, 32]))')
-    status, _ = run('train.py', config, '--work-dir', 'work', '--cfg-options', 'experiment_name=first',
-                    'visualizer.name=first')
+    train, test = run_tool('train'), run_tool('test')
+    status, _ = train(config, '--work-dir', 'work', '--cfg-options', 'experiment_name=first', 'visualizer.name=first')
     assert status == 0
     text = log('work')
-    for line in ('loaded: ', 'used for initialisation: 5 removed blocks', 'missing: ', 'left over: '):
+    for line in ('backbone.replacement:', '5 of 16 blocks replaced', 'loaded: ',
+                 'used for initialisation: 5 removed blocks', 'missing: ', 'left over: ',
+                 'recalibrated 10 BatchNorms', 'Epoch(val) [1][1/1]'):
         assert line in text
-    assert 'recalibrated 10 BatchNorms' in text
-    assert 'Epoch(val) [1][1/1]' in text
 
-    status, _ = run('test.py', config, 'work/epoch_1.pth', '--work-dir', 'test', '--out', 'predictions.pkl')
+    status, _ = test(config, 'work/epoch_1.pth', '--work-dir', 'test', '--out', 'predictions.pkl')
     assert status == 0
-    assert Path('predictions.pkl').is_file()
+    assert [prediction['img_id'] for prediction in load('predictions.pkl')] == [0, 1]
+    assert 'Evaluating bbox' in log('test')
 
-    status, _ = run('train.py', config, '--work-dir', 'work', '--resume', '--cfg-options', 'train_cfg.max_epochs=2',
-                    'experiment_name=second', 'visualizer.name=second')
+    status, _ = train(config, '--work-dir', 'work', '--resume', '--cfg-options', 'train_cfg.max_epochs=2',
+                      'experiment_name=second', 'visualizer.name=second')
     assert status == 0
     assert Path('work/epoch_2.pth').is_file()
     assert log('work').count('recalibrated') == 1
     assert [entry['epoch'] for entry in scalars('work') if 'loss' in entry][-1] == 2
 
 
+@pytest.mark.slow
 def test_dist_train_trains_in_two_processes_without_a_gpu(tiny_config, tmp_path):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -81,14 +68,14 @@ def test_dist_train_trains_in_two_processes_without_a_gpu(tiny_config, tmp_path)
     assert sum(key.endswith('.coeff') for key in state) == 5
 
 
-def test_train_stops_at_a_non_finite_loss_and_saves_nothing(run, tiny_config):
+def test_train_stops_at_a_non_finite_loss_and_saves_nothing(run_tool, tiny_config):
     config = tiny_config(more="optim_wrapper = dict(clip_grad=None, optimizer=dict(_delete_=True, type='SGD', "
                               "lr=1e30))\nparam_scheduler = None\ndefault_hooks = dict(checkpoint=dict("
                               "by_epoch=False, interval=1))")
-    status, captured = run('train.py', config, '--work-dir', 'work', '--cfg-options', 'experiment_name=diverge')
+    status, output = run_tool('train')(config, '--work-dir', 'work', '--cfg-options', 'experiment_name=diverge')
     assert status == 1
-    assert 'Traceback' not in captured.err
-    line = captured.err.strip().splitlines()[-1]
+    assert 'Traceback' not in output.err
+    line = output.err.strip().splitlines()[-1]
     assert line.startswith('error: iteration ')
     assert 'nan' in line or 'inf' in line
     for file in glob.glob('work/*.pth'):
@@ -96,54 +83,35 @@ def test_train_stops_at_a_non_finite_loss_and_saves_nothing(run, tiny_config):
         assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
-@pytest.mark.parametrize(('tool', 'more'), [('train.py', []), ('test.py', ['weights.pth']), ('blocks.py', [])])
-def test_a_missing_config_is_one_line_without_traceback(run, tool, more):
-    status, captured = run(tool, 'nothing.py', *more)
-    assert status == 1
-    assert captured.err.startswith('error: config nothing.py')
-    assert 'Traceback' not in captured.err
-
-
-def test_train_with_a_wrong_plan_writes_nothing(run, tiny_config, tmp_path):
+@pytest.mark.parametrize(('tool', 'more', 'complaint'), [
+    ('train', ['--cfg-options', 'model.backbone.replacement.plan.k=1'], 'k must be an integer of at least 2'),
+    ('test', ['nothing.pth'], 'nothing.pth: there is no such checkpoint file'),
+    ('test', ['nothing.pth', '--out', 'predictions.json'], '--out predictions.json: must end in .pkl or .pickle'),
+    ('materialize', ['nothing.pth', 'out.pth'], 'nothing.pth: there is no such checkpoint file'),
+])
+def test_a_mistake_is_one_line_and_nothing_is_written(run_tool, tiny_config, tmp_path, tool, more, complaint):
     config = tiny_config()
-    status, captured = run('train.py', config, '--cfg-options', 'model.backbone.replacement.plan.k=1')
+    status, output = run_tool(tool)(config, *more)
     assert status == 1
-    assert 'k must be an integer of at least 2' in captured.err
+    assert output.err.startswith('error: ') and complaint in output.err
+    assert 'Traceback' not in output.err
     assert [path.name for path in tmp_path.iterdir()] == [Path(config).name]
 
 
-def test_test_with_a_missing_checkpoint(run, tiny_config):
-    status, captured = run('test.py', tiny_config(), 'nothing.pth')
-    assert status == 1
-    assert 'nothing.pth: there is no such checkpoint file' in captured.err
-
-
-def test_test_refuses_another_kind_of_out_file(run, tiny_config):
-    status, captured = run('test.py', tiny_config(), 'nothing.pth', '--out', 'predictions.json')
-    assert status == 1
-    assert '.pkl' in captured.err
-
-
-def test_blocks_lists_every_block_with_neighbours_and_reasons(run, tiny_config):
-    status, captured = run('blocks.py', tiny_config())
-    assert status == 0
-    assert captured.out.count('BasicBlock') == 16
-    assert 'layer3.2, layer3.4' in captured.out
-    assert 'no kept block after it' in captured.out
-
-
-def test_blocks_of_a_baseline_shows_what_could_be_replaced(run, tiny_config):
-    status, captured = run('blocks.py', tiny_config('atss_r34_fpn_digits.py'))
-    assert status == 0
-    assert 'no replacement' in captured.out
-    assert 'replaced' not in captured.out.replace("can't be replaced", '').replace('can be replaced', '')
-
-
-def test_blocks_with_weights_shows_fit_residuals(run, tiny_config, tmp_path):
+def test_blocks_lists_every_block_with_neighbours_and_fit_residuals(run_tool, tiny_config, tmp_path):
     baseline = build_model(load_config(tiny_config('atss_r34_fpn_digits.py')))
     baseline.init_weights()
     torch.save(baseline.state_dict(), tmp_path / 'baseline.pth')
-    status, captured = run('blocks.py', tiny_config(), '--checkpoint', 'baseline.pth')
+    status, output = run_tool('blocks')(tiny_config(), '--checkpoint', 'baseline.pth')
     assert status == 0
-    rows = [line for line in captured.out.splitlines() if 'layer1.0, layer1.2' in line]
+    assert output.out.count('BasicBlock') == 16
+    assert 'no kept block after it' in output.out
+    rows = [line for line in output.out.splitlines() if 'layer1.0, layer1.2' in line]
     assert any(0 < float(cell) < 2 for cell in rows[0].split('│')[-3:-2])
+
+
+def test_blocks_of_a_baseline_shows_what_could_be_replaced(run_tool, tiny_config):
+    status, output = run_tool('blocks')(tiny_config('atss_r34_fpn_digits.py'))
+    assert status == 0
+    assert 'no replacement' in output.out
+    assert 'replaced' not in output.out.replace("can't be replaced", '').replace('can be replaced', '')

@@ -11,29 +11,14 @@ LEVEL = 0.95
 CHUNK_BYTES = 2 ** 22  # of one class at a time; more than fits the cache is slower
 
 
-@dataclass(frozen=True, eq=False)
-class Resampled:
-    """AP of one run on B sets of images that are drawn from the val images with repetition.
-
-    Args:
-        precision: (1 + B,) AP from 0 to 1, on the val images as they are first; NaN where no object is drawn.
-        objects: (images, classes) number of objects to be found in the val images.
-        seed: of the draws.
-    """
-    precision: np.ndarray
-    objects: np.ndarray
-    seed: int
-
-
 @dataclass(frozen=True)
 class Interval:
     """A difference of AP and its confidence interval, all from -1 to 1.
 
     Args:
         difference: on the val images as they are.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        level: share of such intervals that should hold the true difference, from 0 to 1.
+        low, high: ends of the interval.
+        level: share of such intervals that should hold the true difference.
         resamples: number of resampled sets of images behind the interval.
     """
     difference: float
@@ -60,15 +45,9 @@ def average_precision(matches: Matches, counts: np.ndarray | None = None) -> np.
 
     Returns:
         (B,) AP from 0 to 1, NaN where no object is drawn.
-
-    Raises:
-        ValueError: if ``counts`` has another number of images.
     """
-    images = len(matches.objects)
     if counts is None:
-        counts = np.ones((1, images), dtype=np.int32)
-    if counts.ndim != 2 or counts.shape[1] != images:
-        raise ValueError(f'counts must have shape (B, {images}), a column for each image, got {counts.shape}')
+        counts = np.ones((1, len(matches.objects)))
     drawn = np.ascontiguousarray(counts.T, dtype=np.int32)
     sums, classes = np.zeros(len(counts)), np.zeros(len(counts))
     for label, objects in enumerate(matches.objects.T):
@@ -78,7 +57,7 @@ def average_precision(matches: Matches, counts: np.ndarray | None = None) -> np.
     return np.divide(sums, classes, out=np.full(len(counts), np.nan), where=classes > 0)
 
 
-def resampled_precision(matches: Matches, resamples: int = 1000, seed: int = 0) -> Resampled:
+def resampled_precision(matches: Matches, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """AP of one run for :func:`paired_interval`: the same seed draws the same images for every run.
 
     Args:
@@ -86,105 +65,62 @@ def resampled_precision(matches: Matches, resamples: int = 1000, seed: int = 0) 
         resamples: number of sets of images to draw, each of as many images as there are.
         seed: of the draws.
 
-    Raises:
-        ValueError: if there is no object to find, or if ``resamples`` is below 1.
+    Returns:
+        (1 + resamples,) AP from 0 to 1, on the val images as they are first; NaN where no object is drawn.
     """
-    if not matches.objects.any():
-        raise ValueError('the val images have no object to find, so there is no AP to compare')
-    if resamples < 1:
-        raise ValueError(f'resamples must be at least 1, got {resamples}')
     images = len(matches.objects)
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
-    counts = np.vstack([np.ones((1, images), dtype=draws.dtype), draws])
-    return Resampled(average_precision(matches, counts), matches.objects, seed)
+    return average_precision(matches, np.vstack([np.ones((1, images), dtype=draws.dtype), draws]))
 
 
-def paired_interval(reference: Sequence[Resampled], other: Sequence[Resampled], level: float = LEVEL) -> Interval:
+def paired_interval(reference: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Interval:
     r"""Percentile interval of the difference of mean AP over the runs of two detectors.
 
     .. math:: d(w) = \frac{1}{|O|} \sum_{m \in O} AP(m, w) - \frac{1}{|R|} \sum_{m \in R} AP(m, w), \qquad
               w_1, ..., w_B \sim \mathrm{Multinomial}(n, 1/n)
 
-    over the n val images: the interval runs from the :math:`(1 - level) / 2` to the :math:`(1 + level) / 2` quantile
-    of :math:`d(w_1), ..., d(w_B)` (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). All runs
-    are scored on the same drawn images, so what makes images hard for both sides cancels. The runs are taken as given:
-    how much AP varies between trainings is not part of the interval.
+    over the n val images: the interval holds 95 % of :math:`d(w_1), ..., d(w_B)`, from the 2.5 % to the 97.5 % quantile
+    (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). All runs are scored on the same drawn
+    images, so what makes images hard for both sides cancels. The runs are taken as given: how much AP varies between
+    trainings is not part of the interval.
 
     Args:
-        reference: AP of one detector, one per run m in R.
-        other: AP of the detector compared with it, one per run m in O, on the same draws of the same images and
-            classes. Draws without any object are left out.
-        level: share of such intervals that should hold the true difference, between 0 and 1.
-
-    Raises:
-        ValueError: if a side has no runs, if images, classes or draws differ, or if ``level`` is out of range.
+        reference: for each run m in R its :func:`resampled_precision`.
+        other: the same for the runs m in O, from the same images and the same seed.
     """
-    _check(reference, other, level)
-    difference = (np.mean([run.precision for run in other], axis=0)
-                  - np.mean([run.precision for run in reference], axis=0))
-    low, high = np.nanquantile(difference[1:], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(difference[0]), float(low), float(high), level, len(difference) - 1)
-
-
-def _check(reference: Sequence[Resampled], other: Sequence[Resampled], level: float) -> None:
-    for name, runs in (('reference', reference), ('other', other)):
-        if not runs:
-            raise ValueError(f'{name} has no runs; give the AP of at least one')
-    first = reference[0]
-    for name, runs in (('reference', reference), ('other', other)):
-        for index, run in enumerate(runs):
-            if not np.array_equal(run.objects, first.objects):
-                raise ValueError(f'{name}[{index}] is of other images or classes than reference[0] (objects to find: '
-                                 f'{_summary(run.objects)} against {_summary(first.objects)}); score all runs on the '
-                                 'same annotations and classes')
-            if (run.seed, len(run.precision)) != (first.seed, len(first.precision)):
-                raise ValueError(f'{name}[{index}] is of other draws than reference[0]; resample all runs alike')
-    if not 0 < level < 1:
-        raise ValueError(f'level must lie between 0 and 1, got {level}')
-
-
-def _summary(objects: np.ndarray) -> str:
-    return f'{objects.sum()} in {len(objects)} images and {objects.shape[1]} classes'
+    difference = np.mean(other, axis=0) - np.mean(reference, axis=0)
+    low, high = np.nanquantile(difference[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(difference[0]), float(low), float(high), LEVEL, len(difference) - 1)
 
 
 def _class_precision(matches: Matches, label: int, drawn: np.ndarray, to_find: np.ndarray) -> np.ndarray:
     """(B,) AP of one class, from the draws (images, B) and the number of objects to find (B,)."""
     own = np.flatnonzero(matches.label == label)
     own = own[np.argsort(-matches.score[own], kind='stable')]
-    image, ignored = matches.image[own], matches.ignored[:, own]
-    correct = matches.hit[:, own] & ~ignored
+    image, counted = matches.image[own], ~matches.ignored[:, own]
     columns = max(1, CHUNK_BYTES // (8 * max(1, len(own))))
     precision = np.zeros(drawn.shape[1])
     for start in range(0, len(precision), columns):
-        part = slice(start, start + columns)
-        weights = drawn[:, part][image]
+        chunk = slice(start, start + columns)
+        weights = drawn[:, chunk][image]
         ranks = np.cumsum(weights, axis=0, dtype=np.int32)
-        for right, left_out in zip(correct, ignored, strict=True):
-            precision[part] += _interpolated_precision(weights, ranks, right, left_out, to_find[part])
-    return precision / len(correct)
+        for hit, counts in zip(matches.hit[:, own], counted, strict=True):
+            own_ranks = ranks if counts.all() else np.cumsum(weights[counts], axis=0, dtype=np.int32)
+            precision[chunk] += _interpolated_precision(weights[hit & counts], own_ranks[hit[counts]], to_find[chunk])
+    return precision / len(counted)
 
 
-def _interpolated_precision(weights: np.ndarray, ranks: np.ndarray, right: np.ndarray, left_out: np.ndarray,
-                            to_find: np.ndarray) -> np.ndarray:
+def _interpolated_precision(weights: np.ndarray, ranks: np.ndarray, to_find: np.ndarray) -> np.ndarray:
     """(B,) mean of the highest precision from each of 101 recalls on, at one IoU threshold.
 
-    Recall only rises and precision only peaks where a detection is right, so those are all that is looked at.
-
     Args:
-        weights: (D, B) how often each detection is drawn, by falling score.
-        ranks: (D, B) how many detections are drawn up to it.
-        right: (D,) whether it is right.
-        left_out: (D,) whether it is ignored.
+        weights: (D, B) how often each right detection is drawn, by falling score. Others aren't needed: only where a
+            detection is right recall rises and precision peaks.
+        ranks: (D, B) how many detections, right or wrong, are drawn up to it.
         to_find: (B,) objects.
     """
-    at = np.flatnonzero(right)
-    found = np.cumsum(weights[at], axis=0, dtype=np.int32)
-    counted = ranks[at]
-    if left_out.any():
-        skipped = np.flatnonzero(left_out)
-        skips = np.cumsum(np.pad(weights[skipped], ((1, 0), (0, 0))), axis=0, dtype=np.int32)
-        counted -= skips[np.searchsorted(skipped, at)]
-    precision = found / np.maximum(counted, 1)
+    found = np.cumsum(weights, axis=0, dtype=np.int32)
+    precision = found / np.maximum(ranks, 1)
     highest = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
     recalls = np.searchsorted(RECALLS, found / to_find, side='right')  # those that are reached
     return (highest * np.diff(recalls, axis=0, prepend=0)).sum(axis=0) / len(RECALLS)

@@ -1,7 +1,6 @@
 """A comparison from its trainings to its report."""
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -9,45 +8,26 @@ from rich.console import Console
 from ...engine import UserError
 from .comparison import Comparison
 from .contents import Contents, collect
-from .cost_record import measure
+from .costs import measure
 from .in_short import in_short
 from .report import write_report
 from .runs import Tools, only_one, train_all
 from .tables import rich_table, summary_table
 
 
-def carry_out(comparison: Comparison, tools: Tools, report: Path, say: Callable[[str], None], *, train: bool = True,
-              measure_costs: bool = True, allow_pickle: bool = False) -> Contents:
+def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool = True, measure_costs: bool = True,
+              allow_pickle: bool = False) -> None:
     """Train what isn't trained yet, measure what isn't measured yet, and write the report on all that is there.
+
+    Progress and a summary are shown in the terminal.
 
     Args:
         comparison: what to compare.
         tools: how trainings are started.
         report: folder for the report.
-        say: gets one line whenever there is progress.
         train: False leaves trainings as they are.
         measure_costs: False leaves costs as they are.
         allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
-
-    Raises:
-        UserError: the baseline's cost can't be measured.
-    """
-    if train:
-        train_all(comparison, tools, say)
-    if measure_costs:
-        measure(comparison, say, allow_pickle)
-    say('writing the report')
-    contents = collect(comparison)
-    write_report(comparison, contents, report)
-    return contents
-
-
-def run_in_terminal(comparison: Comparison, tools: Tools, report: Path, **parts: bool) -> None:
-    """Carry a comparison out, with its progress and its summary shown in a terminal.
-
-    Args:
-        comparison, tools, report: see :func:`carry_out`.
-        parts: its ``train``, ``measure_costs`` and ``allow_pickle``.
 
     Raises:
         UserError: another process is at work in the folder, or a training or a measurement failed; it names which,
@@ -61,20 +41,26 @@ def run_in_terminal(comparison: Comparison, tools: Tools, report: Path, **parts:
 
     try:
         with only_one(comparison.folder):
-            contents = carry_out(comparison, tools, report, say, **parts)
+            if train:
+                train_all(comparison, tools, say)
+            if measure_costs:
+                measure(comparison, say, allow_pickle)
+            say('writing the report')
+            contents = collect(comparison)
+            write_report(comparison, contents, report)
     except KeyboardInterrupt:
         say('start it again to go on from the last checkpoint')
         raise
-    _print_result(contents, report, console)
-
-
-def _print_result(contents: Contents, report: Path, console: Console) -> None:
     console.print(rich_table(summary_table(contents)))
     for sentence in in_short(contents):
         console.print(sentence, markup=False)
     console.print(f'report: {report / "report.html"}', markup=False)
-    failed = [f'{run.variant}, seed {run.seed}: {run.reason}'
-              for run in contents.runs if run.status == 'failed']
+    _check_success(contents)
+
+
+def _check_success(contents: Contents) -> None:
+    """Raise a UserError if a training or a measurement has failed."""
+    failed = [f'{run.variant}, seed {run.seed}: {run.reason}' for run in contents.runs if run.status == 'failed']
     failed += [f'cost of {variant.name}: {variant.cost_error}' for variant in contents.variants if variant.cost_error]
     if failed:
         raise UserError(f'{len(failed)} failed; start again to try once more: ' + '; '.join(failed))

@@ -8,9 +8,10 @@ from math import isfinite
 from pathlib import Path
 
 import numpy as np
-from mmdet.datasets.api_wrappers import COCO, COCOeval
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from ...engine import written_whole
+from ...engine.files import written_whole
 
 METRICS = ('bbox', 'segm')
 MAX_DETECTIONS = (100, 300, 1000)  # per image and class; AP is at the first, AP50 and all others at the last
@@ -18,15 +19,12 @@ MAX_DETECTIONS = (100, 300, 1000)  # per image and class; AP is at the first, AP
 
 @dataclass(frozen=True)
 class Scores:
-    """Average precisions as MMDetection's ``CocoMetric`` defines them, unrounded.
+    """Average precisions as MMDetection's ``CocoMetric`` defines them, from 0 to 1, unrounded.
 
     Args:
-        ap: mean over classes and IoU thresholds 0.5, 0.55, ..., 0.95, from 0 to 1; None without any object.
-        ap50: at IoU threshold 0.5.
-        ap75: at IoU threshold 0.75.
-        ap_small: of objects below 32² pixels; None where there is no such object.
-        ap_medium: of objects from 32² to 96² pixels; None where there is no such object.
-        ap_large: of objects above 96² pixels; None where there is no such object.
+        ap: mean over classes and IoU thresholds 0.5, 0.55, ..., 0.95; None without any object.
+        ap50, ap75: at IoU threshold 0.5 and 0.75.
+        ap_small, ap_medium, ap_large: of objects below 32² pixels, up to 96² and above; None without such objects.
         per_class: AP by class name, None for a class without objects.
         notes: what a reader of the numbers should know.
     """
@@ -63,7 +61,7 @@ class Matches:
 
     def save(self, path: Path) -> None:
         """Write a compressed npz file, which appears under its name only when it is complete."""
-        with written_whole(path) as part, part.open('wb') as file:
+        with written_whole(path) as unfinished, unfinished.open('wb') as file:
             np.savez_compressed(file, **vars(self))
 
     @classmethod
@@ -88,25 +86,19 @@ def score_detections(annotations: Path, detections: Path, metric: str,
         The average precisions, and the matches behind AP.
 
     Raises:
-        ValueError: for another metric, a class or an image that the annotations don't have, or detections without
-            masks where the metric is 'segm'.
+        ValueError: for a class or an image that the annotations don't have, or detections without masks where the
+            metric is 'segm'.
     """
-    if metric not in METRICS:
-        raise ValueError(f'metric must be one of {METRICS}, got {metric!r}')
     with redirect_stdout(StringIO()):  # pycocotools prints
         coco = COCO(str(annotations))
-        categories = _category_ids(coco, classes)
-        entries, notes = _read_detections(Path(detections), metric, set(coco.get_img_ids()))
+        known = {category['name']: category['id'] for category in coco.dataset['categories']}
+        if not known.keys() >= set(classes):
+            raise ValueError(f'classes {[name for name in classes if name not in known]} are not among the categories '
+                             f'of the annotations, which are {list(known)}')
+        categories = {name: known[name] for name in classes}
+        entries, notes = _read_detections(detections, metric, set(coco.getImgIds()))
         evaluation = _evaluate(coco, entries, metric, list(categories.values()))
     return _scores(evaluation, categories, notes), _matches(evaluation, categories)
-
-
-def _category_ids(coco: COCO, classes: Sequence[str]) -> dict[str, int]:
-    known = {category['name']: category['id'] for category in coco.dataset['categories']}
-    missing = [name for name in classes if name not in known]
-    if missing:
-        raise ValueError(f'classes {missing} are not among the categories of the annotations, which are {list(known)}')
-    return {name: known[name] for name in classes}
 
 
 def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[dict], tuple[str, ...]]:
@@ -121,8 +113,7 @@ def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[di
                          f'{min(strangers)}; dump them again on the images of the annotations')
     if metric == 'segm':
         if not all('segmentation' in entry for entry in entries):
-            raise ValueError(f"metric 'segm' needs detections with a segmentation, {path} has some without; "
-                             "give the file that ends in .segm.json, or use the metric 'bbox'")
+            raise ValueError(f"metric 'segm' needs detections with a segmentation, {path} has some without")
         for entry in entries:
             entry.pop('bbox', None)  # else the box's area counts as the object's size
     finite = [entry for entry in entries if all(map(isfinite, (entry['score'], *entry.get('bbox', ()))))]
@@ -136,9 +127,16 @@ def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[di
 
 
 def _evaluate(coco: COCO, entries: list[dict], metric: str, categories: list[int]) -> COCOeval:
-    evaluation = COCOeval(coco, coco.loadRes(entries) if entries else _nothing_found(coco), metric)
+    """The evaluation with all its results."""
+    if entries:
+        found = coco.loadRes(entries)
+    else:  # which loadRes refuses
+        found = COCO()
+        found.dataset = dict(coco.dataset, annotations=[])
+        found.createIndex()
+    evaluation = COCOeval(coco, found, metric)
     evaluation.params.catIds = categories
-    evaluation.params.imgIds = coco.get_img_ids()
+    evaluation.params.imgIds = coco.getImgIds()
     evaluation.params.maxDets = list(MAX_DETECTIONS)
     evaluation.evaluate()
     evaluation.accumulate()
@@ -146,14 +144,8 @@ def _evaluate(coco: COCO, entries: list[dict], metric: str, categories: list[int
     return evaluation
 
 
-def _nothing_found(coco: COCO) -> COCO:
-    found = COCO()
-    found.dataset = dict(images=coco.dataset['images'], categories=coco.dataset['categories'], annotations=[])
-    found.createIndex()
-    return found
-
-
 def _scores(evaluation: COCOeval, categories: dict[str, int], notes: tuple[str, ...]) -> Scores:
+    """The average precisions; pycocotools has -1 where there is none."""
     per_class = {}
     for name, category in categories.items():
         precision = evaluation.eval['precision'][:, :, evaluation.params.catIds.index(category), 0, -1]
@@ -162,6 +154,7 @@ def _scores(evaluation: COCOeval, categories: dict[str, int], notes: tuple[str, 
 
 
 def _matches(evaluation: COCOeval, categories: dict[str, int]) -> Matches:
+    """What is behind AP, taken from pycocotools' results for each class and image."""
     params, limit = evaluation.params, MAX_DETECTIONS[0]
     images, thresholds = len(params.imgIds), len(params.iouThrs)
     objects = np.zeros((images, len(categories)), dtype=np.int64)

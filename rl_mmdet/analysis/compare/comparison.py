@@ -14,9 +14,11 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import init_default_scope
 from torch.utils.data import Dataset
 
-from ...engine import UserError, add_rl_defaults_, inspect_training, load_config, prepare_files, write_text
+from ...engine import UserError, add_rl_defaults_, inspect_training, load_config
 from ...engine.config import uses_replacement
-from .same_question import check_evaluation, check_same_question, coco_evaluator, differences, metrics_of
+from ...engine.files import write_text
+from ...engine.preflight import prepare_files
+from .same_question import check_same_question, coco_evaluator, differing, metrics_of
 
 FORMAT = 'rl_mmdet.comparison/1'
 
@@ -62,7 +64,7 @@ class Comparison:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         content = _read_record(folder)
-        if content is None:
+        if not content:
             raise UserError(f'--work-dir {folder}: there is no comparison in it (no comparison.json)')
         self.variants = [Variant(**each) for each in content['variants']]
         self.seeds: int = content['seeds']
@@ -122,34 +124,32 @@ def plan_comparison(folder: Path, configs: Sequence[str],
         raise UserError('no config file is given: the baseline\'s comes first')
     if seeds < 1:
         raise UserError(f'--seeds must be at least 1, got {seeds}')
-    found = _resolve(configs, variants or {}, dict(options or {}))
-    first, *others = found
-    if not others:
+    found = _variants(configs, variants or {}, dict(options or {}))
+    if len(found) < 2:
         raise UserError('there is nothing to compare with the baseline: give config files of variants or --variant')
+    cfgs = {name: _load(variant) for name, variant in found.items()}
     record = _read_record(folder)
-    _check_folder(folder, record, found)
-    check_evaluation(found[first][1])
-    for name in others:
-        check_same_question(found[first][1], found[name][1], name)
+    _check_folder(folder, record, cfgs)
+    check_same_question(cfgs)
+    for cfg in cfgs.values():
+        cfg.work_dir = str(folder)
     for check in (lambda cfg: inspect_training(cfg, allow_pickle=allow_pickle),
                   lambda cfg: prepare_files(cfg, 'train', 'val')):  # which makes the folder
-        for variant, cfg in found.values():
+        for name, cfg in cfgs.items():
             try:
                 check(copy.deepcopy(cfg))  # building a model changes its config
             except UserError as error:
-                raise UserError(f'{variant.name}: {error}') from error
-    before = record['variants'] if record else []
-    names = [each['name'] for each in before]
-    new = [variant for variant, _ in found.values() if variant.name not in names]
-    for variant, cfg in found.values():
-        path = _config_file(folder, variant.name)
+                raise UserError(f'{name}: {error}') from error
+    for name, cfg in cfgs.items():
+        path = _config_file(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, _text(cfg))
-    commands = record['commands'] if record else []
-    content = dict(format=FORMAT, classes=list(val_dataset(found[first][1]).metainfo['classes']),
-                   seeds=max(seeds, record['seeds'] if record else 0),
-                   variants=before + [vars(variant) for variant in new],
-                   commands=commands + ([command] if command and command not in commands else []))
+    known = record.get('variants', [])
+    names = [each['name'] for each in known]
+    content = dict(format=FORMAT, classes=list(val_dataset(next(iter(cfgs.values()))).metainfo['classes']),
+                   seeds=max(seeds, record.get('seeds', 0)),
+                   variants=known + [vars(found[name]) for name in found if name not in names],
+                   commands=list(dict.fromkeys(record.get('commands', []) + [command] * bool(command))))
     write_text(folder / 'comparison.json', json.dumps(content, indent=2))
     return Comparison(folder)
 
@@ -164,7 +164,7 @@ def parse_variants(given: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
     """The values of ``--variant NAME KEY=VALUE ...`` by name, each read as ``--cfg-options`` is.
 
     Raises:
-        UserError: a name given twice, or something that isn't KEY=VALUE.
+        UserError: a name that is there twice, or a value that isn't KEY=VALUE.
     """
     found: dict[str, dict[str, Any]] = {}
     reader = argparse.ArgumentParser()
@@ -179,61 +179,56 @@ def parse_variants(given: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _resolve(configs: Sequence[str], variants: Mapping[str, Mapping[str, Any]],
-             options: dict[str, Any]) -> dict[str, tuple[Variant, Config]]:
-    """Each variant's config by name, the baseline's first."""
-    named = [_name_and_file(given) for given in configs]
-    asked = [Variant(name, file, options) for name, file in named]
-    asked += [Variant(name, named[0][1], options | dict(changes)) for name, changes in variants.items()]
-    found: dict[str, tuple[Variant, Config]] = {}
+def _variants(configs: Sequence[str], variants: Mapping[str, Mapping[str, Any]],
+              options: dict[str, Any]) -> dict[str, Variant]:
+    """All that is to be compared by name, the baseline first."""
+    files = []
+    for given in configs:
+        name, sign, file = given.partition('=')
+        files.append((name, file) if sign and '/' not in name else (Path(given).stem, given))
+    asked = [Variant(name, file, options) for name, file in files]
+    asked += [Variant(name, files[0][1], options | dict(changes)) for name, changes in variants.items()]
+    found: dict[str, Variant] = {}
     for variant in asked:
         if not re.fullmatch(r'\w[\w.+=, -]*', variant.name):
             raise UserError(f'{variant.name!r} can\'t be the name of a variant: it names a folder, so it has letters, '
                             'digits and any of "_.+=,- " only')
         if variant.name in found:
             raise UserError(f'{variant.name} is there twice; every config file and --variant needs a name of its own')
-        try:
-            cfg = load_config(variant.source, variant.options)
-        except UserError as error:
-            raise UserError(f'{variant.name}: {error}') from error
-        if uses_replacement(cfg):
-            _import_rl_mmdet_(cfg)
-        found[variant.name] = variant, cfg
+        found[variant.name] = variant
     return found
 
 
-def _name_and_file(given: str) -> tuple[str, str]:
-    """Of ``FILE`` or ``NAME=FILE``."""
-    name, sign, file = given.partition('=')
-    return (name, file) if sign and '/' not in name else (Path(given).stem, given)
+def _load(variant: Variant) -> Config:
+    """The variant's config, which MMDetection's own tools can read, too."""
+    try:
+        cfg = load_config(variant.source, variant.options)
+    except UserError as error:
+        raise UserError(f'{variant.name}: {error}') from error
+    if uses_replacement(cfg):
+        imports = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
+        names = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
+        if 'rl_mmdet' not in names:
+            cfg.custom_imports = ConfigDict(imports, imports=[*names, 'rl_mmdet'])
+    return cfg
 
 
-def _import_rl_mmdet_(cfg: Config) -> None:
-    """MMDetection's own tools shall be able to read the config, too."""
-    imports = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
-    names = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
-    if 'rl_mmdet' not in names:
-        cfg.custom_imports = ConfigDict(imports, imports=[*names, 'rl_mmdet'])
-
-
-def _check_folder(folder: Path, record: dict[str, Any] | None, found: dict[str, tuple[Variant, Config]]) -> None:
-    if record is None:
+def _check_folder(folder: Path, record: Mapping[str, Any], cfgs: Mapping[str, Config]) -> None:
+    """Raise a UserError if the folder is another comparison's or has other files in it."""
+    if not record:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f'--work-dir {folder}: it has files in it that no comparison made; give another folder')
-    else:
-        first = record['variants'][0]['name']
-        if first != next(iter(found)):
-            raise UserError(f'--work-dir {folder}: it has the comparison of another baseline, {first}; give another '
-                            'folder')
-        for variant, cfg in found.values():
-            path = _config_file(folder, variant.name)
-            before = Config.fromfile(str(path)) if path.is_file() else Config()
-            now = Config.fromstring(_text(cfg), '.py') if path.is_file() else Config()
-            for key, old, new in differences(before.to_dict(), now.to_dict()):
-                raise UserError(f'--work-dir {folder}: {variant.name} was begun there with {key}={old!r}, now it is '
-                                f'{new!r}; give another folder')
-    for _, cfg in found.values():
-        cfg.work_dir = str(folder)
+        return
+    first = record['variants'][0]['name']
+    if first != next(iter(cfgs)):
+        raise UserError(f'--work-dir {folder}: it has the comparison of another baseline, {first}; give another folder')
+    for name, cfg in cfgs.items():
+        path = _config_file(folder, name)
+        if path.is_file():
+            before, now = Config.fromfile(str(path)), Config.fromstring(_text(cfg), '.py')
+            for key, old, new in differing(before.to_dict(), now.to_dict()):
+                raise UserError(f'--work-dir {folder}: {name} was begun there with {key}={old!r}, now it is {new!r}; '
+                                'give another folder')
 
 
 def _text(cfg: Config) -> str:
@@ -246,12 +241,13 @@ def _config_file(folder: Path, variant: str) -> Path:
     return folder / 'configs' / f'{variant}.py'
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The content of comparison.json, empty if there is none."""
     path = folder / 'comparison.json'
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError) as error:
         raise UserError(f'{path}: can\'t be read ({error})') from error
     if not isinstance(content, dict) or content.get('format') != FORMAT:

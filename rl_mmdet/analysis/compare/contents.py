@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ...engine import UserError
 from ..training_run import TrainingCost
-from .bootstrap import Resampled, paired_interval, resampled_precision
+from .bootstrap import paired_interval, resampled_precision
 from .coco_scores import Scores
-from .comparison import Comparison, Run
-from .cost_record import environment, read_costs
-from .costs import Cost
+from .comparison import Comparison, Run, Variant
+from .costs import Cost, environment, read_costs
 from .differences import Difference, Spread, difference, spread
 from .runs import checkpoint_of, matches_of, scores_of
 from .training_log import TrainingLog, read_training_log
@@ -59,7 +61,7 @@ class VariantResult:
         name, source, options: see :class:`~.comparison.Variant`.
         scores: for each metric, each of ``FIELDS`` over the finished seeds; None where it isn't defined.
         per_class: for each metric, each class's mean AP; None for a class without objects.
-        difference: for each metric, AP less the baseline's; empty for the baseline and without scores.
+        difference: for each metric, AP minus the baseline's; empty for the baseline and without scores.
         cost: what a step and a prediction cost; None if that wasn't measured.
         cost_error: why it couldn't be measured.
     """
@@ -112,59 +114,69 @@ class Contents:
 
 
 def collect(comparison: Comparison) -> Contents:
-    """Read all that a comparison has found so far; nothing is written."""
-    record = read_costs(comparison.folder)
-    runs = {run: _run_result(comparison, run) for run in comparison.runs()}
+    """Read all that a comparison has found so far; nothing is written.
+
+    Raises:
+        UserError: trainings were scored on different annotations.
+    """
+    costs = read_costs(comparison.folder)
+    results = {run: _run_result(comparison, run) for run in comparison.runs()}
     metrics = comparison.metrics()
-    resampled = functools.cache(lambda run, metric: resampled_precision(matches_of(run, metric)))
-    variants = [_variant_result(comparison, runs, each, metrics, record.costs.get(each.name), resampled)
-                for each in comparison.variants]
-    finished = [run for run, result in runs.items() if result.status == 'finished']
+    finished = [run for run, result in results.items() if result.status == 'finished']
     objects = matches_of(finished[0], metrics[0]).objects if finished else None
+
+    @functools.cache
+    def resampled(run: Run, metric: str) -> np.ndarray:
+        matches = matches_of(run, metric)
+        if not np.array_equal(matches.objects, objects):
+            raise UserError(f'{run}: it was scored on other annotations than {finished[0]}; delete '
+                            f'{run.folder / "scores.json"} and start again')
+        return resampled_precision(matches)
+
+    variants = [_variant_result(variant, comparison.baseline, results, metrics, costs['costs'].get(variant.name),
+                                resampled) for variant in comparison.variants]
     return Contents(
-        commands=comparison.commands, environment=record.environment or environment(),
+        commands=comparison.commands, environment=costs['environment'] or environment(),
         images=None if objects is None else len(objects), objects=None if objects is None else int(objects.sum()),
         classes=comparison.classes, metrics=metrics, seeds=comparison.seeds, variants=variants,
-        runs=list(runs.values()))
+        runs=list(results.values()))
 
 
 def _run_result(comparison: Comparison, run: Run) -> RunResult:
-    scores = scores_of(run)
+    scores, checkpoint = scores_of(run), checkpoint_of(run)
     complaint, record = run.folder / 'error.txt', run.folder / 'cost.json'
     error = complaint.read_text(encoding='utf-8').strip() if complaint.is_file() else None
     training = TrainingCost(**json.loads(record.read_text())) if record.is_file() else TrainingCost()
-    checkpoint = checkpoint_of(run)
     return RunResult(
         run.variant, run.seed, 'finished' if scores else 'failed' if error else 'unfinished', error, scores or {},
         training, read_training_log(run.folder), str(run.folder.relative_to(comparison.folder)),
         checkpoint and checkpoint.name)
 
 
-def _variant_result(comparison: Comparison, runs: dict[Run, RunResult], variant: Any, metrics: list[str],
-                    cost: Cost | str | None, resampled: Callable[[Run, str], Resampled]) -> VariantResult:
-    own, reference = ({run: result for run, result in runs.items()
-                       if run.variant == name and result.status == 'finished'}
-                      for name in (variant.name, comparison.baseline))
-    found = VariantResult(variant.name, variant.source, variant.options, cost=None if isinstance(cost, str) else cost,
-                          cost_error=cost if isinstance(cost, str) else None)
+def _variant_result(variant: Variant, baseline: str, results: dict[Run, RunResult], metrics: list[str],
+                    cost: Cost | str | None, resampled: Callable[[Run, str], np.ndarray]) -> VariantResult:
+    """What the variant's finished trainings give, and how it differs from the baseline."""
+    own, reference = ([run for run, result in results.items() if run.variant == name and result.status == 'finished']
+                      for name in (variant.name, baseline))
+    measured = not isinstance(cost, str)
+    found = VariantResult(**vars(variant), cost=cost if measured else None, cost_error=None if measured else cost)
     for metric in metrics if own else ():
-        scores = [result.scores[metric] for result in own.values()]
-        found.scores[metric] = {name: _spread_of(scores, name) for name in FIELDS}
-        found.per_class[metric] = {name: _mean([each.per_class[name] for each in scores])
-                                   for name in scores[0].per_class}
-        if variant.name != comparison.baseline and reference and found.scores[metric]['ap'] is not None:
+        scores = [results[run].scores[metric] for run in own]
+        found.scores[metric] = {name: _spread([getattr(each, name) for each in scores]) for name in FIELDS}
+        spreads = {name: _spread([each.per_class[name] for each in scores]) for name in scores[0].per_class}
+        found.per_class[metric] = {name: each and each.mean for name, each in spreads.items()}
+        ap = found.scores[metric]['ap']
+        if variant.name != baseline and reference and ap is not None:
             images = None
             if min(len(reference), len(own)) > 1:
-                images = paired_interval([resampled(run, metric) for run in reference],
-                                         [resampled(run, metric) for run in own])
-            found.difference[metric] = difference(
-                _spread_of([result.scores[metric] for result in reference.values()], 'ap'), found.scores[metric]['ap'],
-                images)
+                images = paired_interval(*([resampled(run, metric) for run in runs] for runs in (reference, own)))
+            baselines = spread([results[run].scores[metric].ap for run in reference])
+            found.difference[metric] = difference(baselines, ap, images)
     return found
 
 
-def _spread_of(scores: list[Scores], name: str) -> Spread | None:
-    values = [getattr(each, name) for each in scores]
+def _spread(values: list[float | None]) -> Spread | None:
+    """None if one of the values isn't defined."""
     return None if None in values else spread(values)
 
 
@@ -175,7 +187,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _mean(values: list[float | None]) -> float | None:
-    return None if None in values else sum(values) / len(values)

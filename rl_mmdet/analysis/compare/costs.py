@@ -1,26 +1,31 @@
 """What training steps and predictions of whole detectors cost, each detector measured beside the baseline."""
 import gc
-import random
+import json
+import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import mmdet
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 
 from ...engine import UserError
-from ..step_time import ratios_to, seconds_in_turn
-from ..zoo.reasons import short_reason
+from ...engine.files import write_text
+from ..cost import ratios_to, seconds_in_turn
+from .comparison import Comparison
+from .runs import Say, checkpoint_of
 from .subject import Loaders, Subject
 
-Say = Callable[[str], None]
 TURN, MOST = 0.5, 10
 """Seconds that a turn should last, and most calls in one."""
+Times = dict[str, list[float]]
+"""Seconds and ratios by the fields of :class:`Cost`."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,14 @@ class Cost:
         trainable: number of those that learn.
         optimizer_bytes: bytes of all tensors in the optimizer's state after one step.
         forward_flops: FLOPs of the forward pass and the loss of one training batch, by
-            :func:`~rl_mmdet.analysis.count_flops`; mmcv's own kernels (RoIAlign, deformable convolutions) aren't
-            counted.
+            :func:`~rl_mmdet.analysis.count_flops`, without mmcv's own kernels (RoIAlign, deformable convolutions).
         step_flops: FLOPs of a whole training step: forward, backward, and the optimizer's products of matrices, if any.
         saved_bytes: bytes that the forward pass keeps for backward, parameters and buffers apart; of what runs under
             activation checkpoints (``with_cp``) these are the inputs.
-        peak_bytes: bytes that a training step allocates at its peak beyond the model, the optimizer's state and the
-            batch as it was loaded; the gradients are among them.
+        peak_bytes: bytes that a training step allocates at its peak, gradients included, beyond the model, the
+            optimizer's state and the batch as it was loaded.
         peak_of: whose record ``peak_bytes`` is from.
-        step_seconds: seconds per training step in each round.
-        step_ratios: these over the baseline's of the same round; the baseline's are all 1.
+        step_seconds, step_ratios: seconds per training step in each round, and these over the baseline's.
         latency_seconds, latency_ratios: the same of the prediction for one image by the model as trained.
         plain_latency_seconds, plain_latency_ratios: the same by the materialized model, over the seconds of the
             baseline as trained. Where there is nothing to materialize, they are those of the model as trained.
@@ -69,6 +72,45 @@ class Cost:
     image_size: tuple[int, int]
 
 
+def read_costs(folder: Path) -> dict[str, Any]:
+    """What lies in a comparison's costs.json.
+
+    Returns:
+        ``costs`` by variant, which are why not where they couldn't be measured; ``environment``: device and versions;
+        ``checkpoints``: file name of the weights that each variant had, None for random ones. All empty without file.
+    """
+    path = folder / 'costs.json'
+    if not path.is_file():
+        return dict(costs={}, environment={}, checkpoints={})
+    content = json.loads(path.read_text())
+    costs = {name: each if isinstance(each, str) else Cost(**each) for name, each in content['costs'].items()}
+    return content | dict(costs=costs)
+
+
+def environment() -> dict[str, str]:
+    """Device and versions in use."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU ({platform.machine()})'
+    return dict(device=device, torch=torch.__version__, mmdet=mmdet.__version__, python=platform.python_version())
+
+
+def measure(comparison: Comparison, say: Say, allow_pickle: bool = False) -> None:
+    """Measure all variants with the checkpoints of the first seed, unless that was done with the same ones.
+
+    Raises:
+        UserError: the baseline can't be measured.
+    """
+    checkpoints = {run.variant: checkpoint_of(run) for run in comparison.runs() if run.seed == 0}
+    names = {variant: path and path.name for variant, path in checkpoints.items()}
+    if read_costs(comparison.folder)['checkpoints'] == names:
+        say('costs were measured before')
+        return
+    cfgs = {variant.name: comparison.config(variant.name) for variant in comparison.variants}
+    costs = measure_costs(cfgs, checkpoints, say=say, allow_pickle=allow_pickle)
+    content = dict(costs={name: each if isinstance(each, str) else asdict(each) for name, each in costs.items()},
+                   environment=environment(), checkpoints=names)
+    write_text(comparison.folder / 'costs.json', json.dumps(content, indent=1))
+
+
 def measure_costs(cfgs: Mapping[str, Config], checkpoints: Mapping[str, Path | None], rounds: int = 7, *, say: Say,
                   allow_pickle: bool = False) -> dict[str, Cost | str]:
     """Measure detectors on one real batch each, on a GPU if there is one.
@@ -80,7 +122,7 @@ def measure_costs(cfgs: Mapping[str, Config], checkpoints: Mapping[str, Path | N
     of a prediction is that of a detector which finds little or too much.
 
     The baseline and one variant are in memory at a time, and while predictions are timed their materialized copies.
-    Nothing is written, but by datasets that make their own files; random states are left as they were.
+    Nothing is written, but by datasets that make their own files.
 
     Args:
         cfgs: full configs by name, the baseline's first.
@@ -101,44 +143,39 @@ def measure_costs(cfgs: Mapping[str, Config], checkpoints: Mapping[str, Path | N
     def count(name: str) -> tuple[Subject, dict[str, Any]]:
         say(f'{name}: building it and counting what a training step does')
         subject = Subject(cfgs[name], checkpoints.get(name), loaders, allow_pickle)
-        for note in subject.notes:
-            say(f'{name}: {note}')
+        for remark in subject.remarks:
+            say(f'{name}: {remark}')
         return subject, subject.counts()
 
     found: dict[str, Cost | str] = {}
-    with _left_as_it_was():
+    turns: list[Times] = []
+    with _quiet_mmengine():
         with _needed(first):
             baseline, counts = count(first)
-        turns: list[_Times] = []
         for name in others:
             try:
-                found[name], times = _measure_beside(baseline, name, count, rounds, say)
+                variant, own_counts = count(name)
+                say(f'{name}: timing training steps and predictions, in turn with the baseline\'s')
+                times, own_times = _take_turns([baseline, variant], rounds)
+                found[name] = Cost(**own_counts, **own_times)
                 turns.append(times)
             except Exception as error:  # models raise whatever they like
-                found[name] = short_reason(error)
+                found[name] = _reason(error)
                 say(f'{name}: can\'t be measured: {found[name]}')
+            variant = None
             baseline.optim.zero_grad()  # if it was in the middle of a step
-            _clear()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         if not turns:
             with _needed(first):
                 turns = _take_turns([baseline], rounds)
-        return {first: Cost(**counts, **_joined(turns))} | found
+    joined = {name: [value for times in turns for value in times[name]] for name in turns[0]}
+    return {first: Cost(**counts, **joined)} | found
 
 
-def _measure_beside(baseline: Subject, name: str, count: Callable, rounds: int, say: Say) -> tuple[Cost, '_Times']:
-    """A variant's cost, and the baseline's times meanwhile."""
-    variant, counts = count(name)
-    say(f'{name}: timing training steps and predictions, in turn with the baseline\'s')
-    times_of_baseline, times = _take_turns([baseline, variant], rounds)
-    return Cost(**counts, **times), times_of_baseline
-
-
-_Times = dict[str, list[float]]
-"""By the fields of :class:`Cost`."""
-
-
-def _take_turns(subjects: list[Subject], rounds: int) -> list[_Times]:
-    """Time one or two detectors, the baseline first."""
+def _take_turns(subjects: list[Subject], rounds: int) -> list[Times]:
+    """The times of one or two detectors, the baseline first."""
     for subject in subjects:
         subject.model.train()
     steps = _in_turn({index: subject.step for index, subject in enumerate(subjects)}, rounds)
@@ -163,9 +200,10 @@ def _in_turn(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any
     return seconds_in_turn(calls, rounds, per_round=max(1, min(MOST, round(TURN / seconds))))
 
 
-def _joined(times: list[_Times]) -> _Times:
-    """The rounds of several measurements, one after the other."""
-    return {name: [value for each in times for value in each[name]] for name in times[0]}
+def _reason(error: Exception) -> str:
+    """An error in a line, without the chain of classes that the registries put in front of it."""
+    text = ' '.join(re.sub(r'class `\w+` in \S+: ', '', str(error)).split('\n')[0].split())[:200]
+    return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
 
 
 @contextmanager
@@ -174,28 +212,18 @@ def _needed(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # models raise whatever they like
-        raise UserError(f'{name} can\'t be measured: {short_reason(error)}') from error
+        raise UserError(f'{name} can\'t be measured: {_reason(error)}') from error
 
 
 @contextmanager
-def _left_as_it_was() -> Iterator[None]:
-    """Random states and memory; MMEngine's messages, which some models ask how far training is, and its logger."""
-    python, numpy = random.getstate(), np.random.get_state()
+def _quiet_mmengine() -> Iterator[None]:
+    """Some models ask MMEngine how far training is; its logger has a line for every initialised weight."""
     for progress in ('iter', 'epoch'):
-        MessageHub.get_instance(__name__).update_info(progress, 0)
-    MMLogger.get_instance(__name__, log_level='ERROR')  # else there is a line for every initialised weight
+        MessageHub.get_current_instance().update_info(progress, 0)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('ERROR')
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for shared in (MessageHub, MMLogger):
-            del shared._instance_dict[__name__]
-        _clear()
-
-
-def _clear() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        logger.setLevel(level)

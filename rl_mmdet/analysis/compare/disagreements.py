@@ -1,15 +1,16 @@
 """The val images on which a variant and the baseline disagree most, drawn side by side."""
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from mmengine.dataset import BaseDataset
 
-from ..picture import Boxes, Panel, side_by_side
 from .coco_scores import Matches
 from .comparison import Comparison, Run, val_dataset
 from .contents import Contents
@@ -17,21 +18,12 @@ from .runs import matches_of
 
 SCORE = 0.3
 """Detections above this score are looked at."""
-
-
-@dataclass(frozen=True)
-class Disagreement:
-    """An image on which a variant does much better or worse than the baseline.
-
-    Args:
-        image: its index, images being ordered by id.
-        variant: name.
-        baseline_quality, variant_quality: see :func:`image_quality`.
-    """
-    image: int
-    variant: str
-    baseline_quality: float
-    variant_quality: float
+COLOURS = ('#2ca02c', '#1f77b4', '#d62728')
+"""Of the ground truth, the baseline and the variant."""
+LABEL = 0.06
+"""Height of a box's label as a fraction of the image's."""
+Boxes = list[tuple[np.ndarray, str]]
+"""For each object its box as (x1, y1, x2, y2) in pixels, and its label."""
 
 
 def image_quality(matches: Matches) -> np.ndarray:
@@ -56,24 +48,24 @@ def image_quality(matches: Matches) -> np.ndarray:
     return total / len(matches.hit)
 
 
-def largest_disagreements(pairs: Mapping[str, tuple[Matches, Matches]], count: int = 6) -> list[Disagreement]:
+def largest_disagreements(baseline: np.ndarray, variants: np.ndarray, count: int = 6) -> list[tuple[int, int]]:
     """The images with the largest difference of quality between the baseline and any variant, the largest first.
 
     Of images with the same difference the first ones are taken, of variants the first one; images without any
     difference are left out.
 
     Args:
-        pairs: by variant, matches of the baseline and of the variant with the same seed.
+        baseline: (variants, images) quality of the baseline with the seed that the variant has.
+        variants: (variants, images) quality of each variant.
         count: most images to take.
+
+    Returns:
+        Indices of image and variant.
     """
-    if not pairs:
-        return []
-    names = list(pairs)
-    qualities = np.array([[image_quality(matches) for matches in pair] for pair in pairs.values()])
-    differences = np.abs(qualities[:, 1] - qualities[:, 0]).round(9)  # equal fractions shall be equal
-    most, largest = differences.argmax(0), differences.max(0)
-    chosen = [int(image) for image in np.argsort(-largest, kind='stable')[:count] if largest[image] > 0]
-    return [Disagreement(image, names[most[image]], *qualities[most[image], :, image].tolist()) for image in chosen]
+    differences = np.abs(variants - baseline).round(9)  # equal fractions shall be equal
+    largest = differences.max(0)
+    return [(int(image), int(differences[:, image].argmax()))
+            for image in np.argsort(-largest, kind='stable')[:count] if largest[image] > 0]
 
 
 def disagreements(comparison: Comparison, contents: Contents, count: int = 6) -> Figure | None:
@@ -89,41 +81,44 @@ def disagreements(comparison: Comparison, contents: Contents, count: int = 6) ->
     Returns:
         The figure, a row for each image; None without any disagreement, or if image files are missing.
     """
-    runs = _comparable_runs(comparison, contents)
-    metric = contents.metrics[0]
-    found = largest_disagreements(
-        {name: (matches_of(one, metric), matches_of(other, metric)) for name, (one, other) in runs.items()}, count)
-    folder = _image_folder(comparison) if found and comparison.annotations().is_file() else None
-    if folder is None:
+    pairs = _comparable_runs(comparison, contents)
+    folder = _image_folder(comparison)
+    if not pairs or folder is None or not comparison.annotations().is_file():
         return None
+    metric = contents.metrics[0]
+    known = {run: image_quality(matches_of(run, metric)) for run in {run for pair in pairs for run in pair}}
+    chosen = largest_disagreements(*(np.array([known[pair[side]] for pair in pairs]) for side in (0, 1)), count)
     annotations = json.loads(comparison.annotations().read_text())
     images = sorted(annotations['images'], key=lambda image: image['id'])
-    files = [folder / images[each.image]['file_name'] for each in found]
-    if not all(file.is_file() for file in files):
+    files = [folder / images[index]['file_name'] for index, _ in chosen]
+    if not chosen or not all(file.is_file() for file in files):
         return None
-    ids = [images[each.image]['id'] for each in found]
+    ids = [images[index]['id'] for index, _ in chosen]
     names = {each['id']: each['name'] for each in annotations['categories'] if each['name'] in comparison.classes}
     truth = _boxes([each for each in annotations['annotations'] if not each.get('iscrowd')], ids, names)
-    detected = {run: _boxes(json.loads((run.folder / 'detections.bbox.json').read_text()), ids, names)
-                for run in {run for each in found for run in runs[each.variant]}}
-    rows = []
-    for each, image in zip(found, ids, strict=True):
-        one, other = runs[each.variant]
-        rows.append([Panel('ground truth', truth[image]),
-                     Panel(f'{one.variant} (F1 {each.baseline_quality:.2f})', detected[one][image]),
-                     Panel(f'{other.variant} (F1 {each.variant_quality:.2f})', detected[other][image])])
-    return side_by_side([str(file) for file in files], rows)
+    found = {run: _boxes(json.loads((run.folder / 'detections.bbox.json').read_text()), ids, names)
+             for run in {run for _, variant in chosen for run in pairs[variant]}}
+    figure = Figure(figsize=(9.6, 3.3 * len(chosen)), layout='constrained')
+    for row, (index, variant), file, image in zip(figure.subplots(len(chosen), 3, squeeze=False), chosen, files, ids,
+                                                  strict=True):
+        titles = ['ground truth', *(f'{run.variant} (F1 {known[run][index]:.2f})' for run in pairs[variant])]
+        boxes = [truth[image], *(found[run][image] for run in pairs[variant])]
+        pixels = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
+        for axes, title, own, colour in zip(row, titles, boxes, COLOURS, strict=True):
+            axes.set_title(title, fontsize=10)
+            _draw(axes, pixels, own, colour)
+    return figure
 
 
-def _comparable_runs(comparison: Comparison, contents: Contents) -> dict[str, tuple[Run, Run]]:
-    """For each variant the baseline's run and its own, with the same seed."""
+def _comparable_runs(comparison: Comparison, contents: Contents) -> list[tuple[Run, Run]]:
+    """For each variant that can be compared the baseline's run and its own, with the same seed."""
     finished = {(run.variant, run.seed) for run in contents.runs if run.status == 'finished'}
     runs = {(run.variant, run.seed): run for run in comparison.runs()}
-    found: dict[str, tuple[Run, Run]] = {}
+    found = []
     for variant in contents.variants[1:]:
         both = [seed for name, seed in finished if name == variant.name and (comparison.baseline, seed) in finished]
         if both:
-            found[variant.name] = runs[comparison.baseline, min(both)], runs[variant.name, min(both)]
+            found.append((runs[comparison.baseline, min(both)], runs[variant.name, min(both)]))
     return found
 
 
@@ -137,10 +132,20 @@ def _image_folder(comparison: Comparison) -> Path | None:
 
 def _boxes(entries: list[dict[str, Any]], images: list[int], names: Mapping[int, str]) -> dict[int, Boxes]:
     """Boxes of annotations or detections by image id, those with a score above the threshold, the highest last."""
-    found: dict[int, list] = {image: [] for image in images}
+    found: dict[int, Boxes] = {image: [] for image in images}
     for entry in sorted(entries, key=lambda entry: entry.get('score', 1.)):
         if entry['image_id'] in found and entry['category_id'] in names and entry.get('score', 1.) > SCORE:
             x, y, width, height = entry['bbox']
-            box = np.array([x, y, x + width, y + height])
-            found[entry['image_id']].append((box, names[entry['category_id']], entry.get('score')))
+            label = names[entry['category_id']] + (f' {entry["score"]:.2f}' if 'score' in entry else '')
+            found[entry['image_id']].append((np.array([x, y, x + width, y + height]), label))
     return found
+
+
+def _draw(axes: Axes, pixels: np.ndarray, boxes: Boxes, colour: str) -> None:
+    axes.imshow(pixels)
+    axes.set_axis_off()
+    for (x1, y1, x2, y2), label in boxes:
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
+        inside = y1 < LABEL * len(pixels)  # else it would be cut off
+        axes.text(x1, y1 + 1 if inside else y1 - 1, label, fontsize=8, color='white', clip_on=True,
+                  va='top' if inside else 'bottom', bbox=dict(facecolor=colour, edgecolor='none', pad=0.8))

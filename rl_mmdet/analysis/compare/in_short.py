@@ -6,13 +6,13 @@ from scipy import stats
 
 from .contents import Contents, VariantResult
 from .costs import Cost
-from .differences import Difference
 
 COUNTS = {'trainable': 'trainable parameters', 'step_flops': 'FLOPs of a training step',
           'saved_bytes': 'bytes saved for backward', 'peak_bytes': 'peak memory of a training step'}
 TIMES = {'step_ratios': 'time of a training step', 'latency_ratios': 'latency'}
+VERDICTS = {'better': 'better in', 'worse': 'worse in', 'open': 'the data can\'t tell about', 'same': 'the same'}
 SAME = 0.005
-"""Counts that differ by less than this part are called the same."""
+"""Counts that differ by a smaller fraction are called the same."""
 
 
 def in_short(contents: Contents) -> list[str]:
@@ -21,31 +21,27 @@ def in_short(contents: Contents) -> list[str]:
 
 
 def _sentence(contents: Contents, variant: VariantResult) -> str:
-    findings: dict[str, list[str]] = {'better': [], 'worse': [], 'open': [], 'same': []}
+    findings: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for verdict, text in [*_precision(contents, variant), *_costs(contents.baseline.cost, variant.cost)]:
         findings[verdict].append(text)
-    words = {'better': 'better in', 'worse': 'worse in', 'open': 'the data can\'t tell about', 'same': 'the same'}
-    parts = [f'{words[verdict]} {", ".join(texts)}' for verdict, texts in findings.items() if texts]
+    said = [f'{VERDICTS[verdict]} {", ".join(texts)}' for verdict, texts in findings.items() if texts]
     if variant.cost_error:
-        parts.append(f'its cost couldn\'t be measured ({variant.cost_error})')
-    return f'{variant.name}: {"; ".join(parts) or "nothing known yet"}.'
+        said.append(f'its cost couldn\'t be measured ({variant.cost_error})')
+    return f'{variant.name}: {"; ".join(said) or "nothing known yet"}.'
 
 
 def _precision(contents: Contents, variant: VariantResult) -> Iterator[tuple[str, str]]:
+    """For each metric the verdict on its AP, and how sure it is."""
     for metric, difference in variant.difference.items():
         name = 'AP' if contents.metrics == ['bbox'] else {'bbox': 'box AP', 'segm': 'mask AP'}[metric]
-        yield difference.verdict or 'open', f'{name} ({describe(difference)})'
-
-
-def describe(difference: Difference) -> str:
-    """A difference of AP and how sure it is."""
-    if difference.verdict is None:
-        return f'{signed(difference.mean)}, but one seed only: no interval'
-    low, high = difference.widest
-    return f'{signed(difference.mean)}, between {signed(low)} and {signed(high)}'
+        sure = ', but one seed only: no interval'
+        if difference.verdict is not None:
+            sure = ', between {} and {}'.format(*map(signed, difference.widest))
+        yield difference.verdict or 'open', f'{name} ({signed(difference.mean)}{sure})'
 
 
 def _costs(baseline: Cost | None, cost: Cost | None) -> Iterator[tuple[str, str]]:
+    """For each kind of cost the verdict, and by how much."""
     if baseline is None or cost is None:
         return
     for key, name in COUNTS.items():
@@ -61,17 +57,14 @@ def ratio(value: float, reference: float) -> float:
     return value / reference if reference else 1. if not value else float('inf')
 
 
-def side(ratios: Sequence[float], level: float = 0.05) -> str:
+def side(ratios: Sequence[float]) -> str:
     """``'better'`` if ratios are below 1, ``'worse'`` if they are above, by a two-sided sign test, else ``'open'``.
 
-    With 7 rounds all of them must agree; with fewer than 6 it is open.
-
-    Args:
-        ratios: one for each round.
-        level: how often, at most, rounds of the same speed may seem to differ.
+    Rounds of the same speed seem to differ in 5 % of all tests at most: with 7 rounds all of them must agree, and with
+    fewer than 6 it is open.
     """
     lower, higher = (sum(each < 1 for each in ratios), sum(each > 1 for each in ratios))
-    if lower == higher or stats.binomtest(lower, lower + higher).pvalue >= level:
+    if lower == higher or stats.binomtest(lower, lower + higher).pvalue >= 0.05:
         return 'open'
     return 'better' if lower > higher else 'worse'
 

@@ -1,16 +1,16 @@
 """The plots of a report: AP against cost, the course of the trainings, the coefficients of replaced blocks."""
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.ndimage import uniform_filter1d
 
-from .contents import Contents, RunResult, VariantResult
-from .costs import Cost
+from .contents import Contents, VariantResult
 from .tables import TITLES
 from .training_log import Curve
 
@@ -24,22 +24,19 @@ WIDTH = 8.
 POINTS = 200
 """Most points of a curve."""
 SMOOTHING = 0.05
-"""Part of a training that the running mean of the loss covers."""
+"""Fraction of a training that the running mean of the loss covers."""
 MOST_BLOCKS, COEFFICIENT_POINTS = 24, 40
+EXPENSES = {'trainable parameters, M': lambda cost: [cost.trainable / 1e6],
+            'training step, GFLOPs': lambda cost: [cost.step_flops / 1e9],
+            'peak of a step, MB': lambda cost: [cost.peak_bytes / 1e6],
+            'time of a step, over the baseline\'s': lambda cost: cost.step_ratios}
+"""What AP is drawn against: all values that were measured of it."""
 
 
-@dataclass(frozen=True)
-class Style:
-    """How a variant looks in every plot."""
-    colour: str
-    marker: str
-    line: str | tuple
-
-
-def styles(contents: Contents) -> dict[str, Style]:
-    """Each variant's look, which depends on its place in the comparison alone."""
-    return {variant.name: Style(COLOURS[(i - 1) % len(COLOURS)] if i else BASELINE, MARKERS[i % len(MARKERS)],
-                                LINES[i % len(LINES)])
+def styles(contents: Contents) -> dict[str, dict[str, Any]]:
+    """Each variant's colour, marker and line, which depend on its place in the comparison alone."""
+    return {variant.name: dict(color=COLOURS[(i - 1) % len(COLOURS)] if i else BASELINE,
+                               marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)])
             for i, variant in enumerate(contents.variants)}
 
 
@@ -71,125 +68,78 @@ def pareto(contents: Contents, metric: str) -> Figure | None:
     if not shown:
         return None
     figure = Figure(figsize=(WIDTH, 6.4), layout='constrained')
-    looks = styles(contents)
-    panels = figure.subplots(2, 2, sharey=True)
-    for axes, title in zip(panels.flat, ('trainable parameters, M', 'training step, GFLOPs', 'peak of a step, MB',
-                                         'time of a step, over the baseline\'s'), strict=True):
-        _draw_front(axes, [_expense(variant.cost, title) for variant in shown], shown, metric, looks)
-        axes.set_xlabel(title)
+    panels, looks = figure.subplots(2, 2, sharey=True), styles(contents)
+    for axes, title in zip(panels.flat, EXPENSES, strict=True):
+        _draw_front(axes, title, shown, metric, looks)
     for axes in panels[:, 0]:
         axes.set_ylabel(TITLES[metric])
-    handles = [Line2D([], [], color=looks[v.name].colour, marker=looks[v.name].marker, linestyle='', label=v.name)
-               for v in shown]
+    handles = [Line2D([], [], **looks[variant.name] | dict(linestyle='', label=variant.name)) for variant in shown]
     _legend(figure, [*handles, Line2D([], [], color='0.5', linewidth=1.2, label='not beaten by any other')])
     return figure
 
 
-def _expense(cost: Cost, title: str) -> tuple[float, float, float]:
-    """The cost that a panel shows, and how far it extends to the left and to the right."""
-    if title.startswith('time'):
-        middle = median(cost.step_ratios)
-        return middle, middle - min(cost.step_ratios), max(cost.step_ratios) - middle
-    value = {'trainable parameters, M': cost.trainable / 1e6, 'training step, GFLOPs': cost.step_flops / 1e9,
-             'peak of a step, MB': cost.peak_bytes / 1e6}[title]
-    return value, 0., 0.
-
-
-def _draw_front(axes: Axes, expenses: Sequence[tuple[float, float, float]], shown: Sequence[VariantResult],
-                metric: str, looks: dict[str, Style]) -> None:
-    _grid(axes)
-    points = [(expense[0], variant.scores[metric]['ap'].mean) for expense, variant in zip(expenses, shown, strict=True)]
+def _draw_front(axes: Axes, title: str, shown: Sequence[VariantResult], metric: str,
+                looks: dict[str, dict[str, Any]]) -> None:
+    measured = [EXPENSES[title](variant.cost) for variant in shown]
+    aps = [variant.scores[metric]['ap'] for variant in shown]
+    points = [(median(values), ap.mean) for values, ap in zip(measured, aps, strict=True)]
     front = [points[i] for i in pareto_front(points)]
     axes.plot(*zip(*front, strict=True), color='0.5', linewidth=1.2, drawstyle='steps-post', zorder=1)
-    for (value, left, right), variant in zip(expenses, shown, strict=True):
-        ap, look = variant.scores[metric]['ap'], looks[variant.name]
-        axes.errorbar(value, ap.mean, yerr=ap.deviation, xerr=[[left], [right]] if left or right else None,
-                      color=look.colour, marker=look.marker, markersize=7.5, markeredgecolor='white',
-                      markeredgewidth=0.6, elinewidth=0.9, capsize=2, zorder=3)
+    for (value, mean), values, ap, variant in zip(points, measured, aps, shown, strict=True):
+        axes.errorbar(value, mean, yerr=ap.deviation,
+                      xerr=[[value - min(values)], [max(values) - value]] if len(values) > 1 else None,
+                      **looks[variant.name], markersize=7.5, markeredgecolor='white', markeredgewidth=0.6,
+                      elinewidth=0.9, capsize=2, zorder=3)
+    axes.set_xlabel(title)
+    _grid(axes)
 
 
 def curves(contents: Contents) -> Figure | None:
-    """Loss and AP during the trainings: the mean over seeds, in a band from the lowest to the highest seed.
+    """Loss and AP during the trainings, a line for each.
 
     The loss is a running mean over 5 % of the training. Of a variant with finished trainings only these are drawn.
 
     Returns:
         The figure; None without any log.
     """
-    titles = ['training loss', *(f'{TITLES[metric]} on the val set' for metric in contents.metrics)]
-    found = [{variant.name: [_smooth(run.log.loss) for run in _logged(contents, variant.name)]
-              for variant in contents.variants}]
-    found += [{variant.name: [run.log.ap.get(metric, []) for run in _logged(contents, variant.name)]
-               for variant in contents.variants} for metric in contents.metrics]
-    drawn = [(title, by_variant) for title, by_variant in zip(titles, found, strict=True)
-             if any(curve for each in by_variant.values() for curve in each)]
+    logged = []
+    for variant in contents.variants:
+        runs = contents.runs_of(variant.name)
+        logged += [run for run in runs if run.status == 'finished'] or runs
+    found = {'training loss': [_smooth(run.log.loss) for run in logged]}
+    found |= {f'{TITLES[metric]} on the val set': [np.array(run.log.ap.get(metric, [])) for run in logged]
+              for metric in contents.metrics}
+    drawn = {title: each for title, each in found.items() if any(map(len, each))}
     if not drawn:
         return None
     figure = Figure(figsize=(WIDTH, 3.4 * len(drawn)), layout='constrained')
-    panels, looks = figure.subplots(len(drawn), squeeze=False, sharex=True), styles(contents)
-    for axes, (title, by_variant) in zip(panels.flat, drawn, strict=True):
-        for number, (name, each) in enumerate(by_variant.items()):
-            _draw_curve(axes, each, looks[name], number / len(by_variant))
+    panels, looks, seen = figure.subplots(len(drawn), squeeze=False, sharex=True).flat, styles(contents), set()
+    for axes, (title, each) in zip(panels, drawn.items(), strict=True):
+        for number, (run, points) in enumerate(zip(logged, each, strict=True)):
+            if len(points):
+                seen.add(run.variant)
+                points = points[_spaced(len(points), POINTS)]
+                every = max(1, len(points) // 6)  # markers of different trainings are at different places
+                axes.plot(*points.T, **looks[run.variant], linewidth=1.1, markersize=5, markeredgecolor='white',
+                          markeredgewidth=0.5, markevery=(number * every // len(logged), every))
         axes.set_ylabel(title)
         _grid(axes)
     axes.set_xlabel('iteration')
-    _legend(figure, [Line2D([], [], color=looks[name].colour, marker=looks[name].marker, linestyle=looks[name].line,
-                            markersize=5, label=name)
-                     for name in looks if any(any(by_variant[name]) for _, by_variant in drawn)])
+    _legend(figure, [Line2D([], [], **look, markersize=5, label=name) for name, look in looks.items() if name in seen])
     return figure
 
 
-def _logged(contents: Contents, variant: str) -> list[RunResult]:
-    """The finished trainings, or all if there is none."""
-    runs = contents.runs_of(variant)
-    return [run for run in runs if run.status == 'finished'] or runs
-
-
-def _smooth(curve: Curve) -> Curve:
-    """The running mean over a part of the curve, without points that aren't finite."""
+def _smooth(curve: Curve) -> np.ndarray:
+    """The running mean over a fraction of the curve, (points, 2), without points that aren't finite."""
     points = np.array([point for point in curve if np.isfinite(point[1])])
-    if len(points) < 3:
-        return [tuple(point) for point in points.tolist()]
-    half = max(1, round(SMOOTHING * len(points) / 2))
-    sums = np.concatenate([[0.], np.cumsum(points[:, 1])])
-    index = np.arange(len(points))
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(points))
-    return list(zip(points[:, 0].tolist(), ((sums[high] - sums[low]) / (high - low)).tolist(), strict=True))
-
-
-def mean_curve(curves_of_seeds: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Curves over the iterations that all of them have, each interpolated linearly.
-
-    Args:
-        curves_of_seeds: at least one, none of them empty.
-
-    Returns:
-        Iterations, mean, lowest and highest value there; at most ``POINTS`` of them.
-    """
-    first = max(curve[0][0] for curve in curves_of_seeds)
-    last = min(curve[-1][0] for curve in curves_of_seeds)
-    steps = np.unique([step for curve in curves_of_seeds for step, _ in curve if first <= step <= last])
-    steps = steps[_spaced(len(steps), POINTS)]
-    values = np.array([np.interp(steps, *np.array(curve).T) for curve in curves_of_seeds])
-    return steps, values.mean(0), values.min(0), values.max(0)
+    if len(points):
+        points[:, 1] = uniform_filter1d(points[:, 1], max(1, round(SMOOTHING * len(points))))
+    return points
 
 
 def _spaced(count: int, most: int) -> np.ndarray:
     """Indices, all of them or ``most`` that are evenly spaced from the first to the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)) if count else np.zeros(0, int)
-
-
-def _draw_curve(axes: Axes, curves_of_seeds: Sequence[Curve], look: Style, offset: float) -> None:
-    """``offset``: from 0 to 1, so that variants have their markers at different places."""
-    given = [curve for curve in curves_of_seeds if curve]
-    if not given:
-        return
-    steps, mean, low, high = mean_curve(given)
-    every = max(1, len(steps) // 6)
-    axes.plot(steps, mean, color=look.colour, linestyle=look.line, linewidth=1.3, marker=look.marker, markersize=5,
-              markeredgecolor='white', markeredgewidth=0.5, markevery=(int(offset * every), every))
-    if len(given) > 1:
-        axes.fill_between(steps, low, high, color=look.colour, alpha=0.12, linewidth=0)
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def coefficients(contents: Contents) -> Figure | None:
@@ -205,41 +155,36 @@ def coefficients(contents: Contents) -> Figure | None:
     columns = min(len(shown), 3 if len(shown) <= 9 else 4)
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * rows), layout='constrained')
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    looks, seen = styles(contents), {}
-    for axes, block in zip(panels, shown, strict=False):
-        for run, steps, a, b in _pairs(contents, block):
-            look = seen[run.variant] = looks[run.variant]
-            style = dict(color=look.colour, linewidth=0.9, marker=look.marker, markersize=4, markevery=[-1])
-            axes.plot(steps, a, linestyle='-', **style)
-            axes.plot(steps, b, linestyle='--', **style)
-        axes.set_title(block, fontsize=8)
+    panels, looks = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat, styles(contents)
+    for number, axes in enumerate(panels):
+        if number >= len(shown):
+            axes.set_visible(False)
+            continue
+        for run in contents.runs:
+            points = np.array(run.log.coefficients.get(shown[number], []))
+            if len(points):
+                steps, a, b = points[_spaced(len(points), COEFFICIENT_POINTS)].T
+                look = looks[run.variant] | dict(linewidth=0.9, markersize=4, markevery=[-1])
+                axes.plot(steps, a, **look | dict(linestyle='-'))
+                axes.plot(steps, b, **look | dict(linestyle='--'))
+        axes.set_title(shown[number], fontsize=8)
         axes.tick_params(labelsize=8)
         _grid(axes)
-    for number, axes in enumerate(panels):
-        axes.set_visible(number < len(shown))
-        if len(shown) - columns <= number < len(shown):
+        if number >= len(shown) - columns:
             axes.tick_params(labelbottom=True)
             axes.set_xlabel('iteration', fontsize=9)
     if len(shown) < len(blocks):
         figure.suptitle(f'{len(shown)} of {len(blocks)} replaced blocks', fontsize=10)
+    seen = {run.variant for run in contents.runs if run.log.coefficients}
     _legend(figure, [Line2D([], [], color='0.3', label='a'), Line2D([], [], color='0.3', linestyle='--', label='b'),
-                     *(Line2D([], [], color=look.colour, marker=look.marker, markersize=5, linewidth=0.9, label=name)
+                     *(Line2D([], [], **look | dict(linestyle='-'), markersize=5, linewidth=0.9, label=name)
                        for name, look in looks.items() if name in seen)])
     return figure
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """To sort by: numbers in the name count as numbers."""
-    return [(int(part), '') if part.isdigit() else (-1, part) for part in re.split(r'(\d+)', name)]
-
-
-def _pairs(contents: Contents, block: str) -> Iterator[tuple[RunResult, list[float], list[float], list[float]]]:
-    """Each training's iterations, a and b."""
-    for run in contents.runs:
-        points = run.log.coefficients.get(block)
-        if points:
-            yield run, *map(list, zip(*(points[i] for i in _spaced(len(points), COEFFICIENT_POINTS)), strict=True))
+    return [(int(piece), '') if piece.isdigit() else (-1, piece) for piece in re.split(r'(\d+)', name)]
 
 
 def _grid(axes: Axes) -> None:

@@ -4,14 +4,12 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ...engine import written_whole
+from ...engine.files import write_text, written_whole
 from .comparison import Comparison
 from .contents import Contents
 from .disagreements import disagreements
@@ -39,57 +37,40 @@ class Picture:
     caption: str
     figure: Figure
 
-    @cached_property
-    def png(self) -> bytes:
-        """The figure as a PNG file."""
+    def file(self, kind: str) -> bytes:
+        """The figure as a file, ``'png'`` or ``'svg'``."""
         file = io.BytesIO()
-        self.figure.savefig(file, format='png', dpi=DPI)
+        metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type')) if kind == 'svg' else None
+        self.figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
         return file.getvalue()
 
     @property
     def data_uri(self) -> str:
-        """The PNG file as an address that holds it."""
-        return f'data:image/png;base64,{base64.b64encode(self.png).decode()}'
-
-    @property
-    def svg(self) -> Markup:
-        """The figure as an ``svg`` element for HTML, with ids that no other figure has."""
-        file = io.StringIO()
-        self.figure.savefig(file, format='svg', metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')))
-        text = file.getvalue()
-        element = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf'\g<1>{self.name}-', text[text.index('<svg'):])
-        label = Markup('<svg role="img" aria-label="{}"').format(f'{self.title}. {self.caption}')
-        return Markup(element.replace('<svg', label, 1))
+        """An address that holds the whole figure: sharp lines, or pixels where there are photographs."""
+        kind, mime = ('png', 'png') if self.name == 'detections' else ('svg', 'svg+xml')
+        return f'data:image/{mime};base64,{base64.b64encode(self.file(kind)).decode()}'
 
 
-def write_report(comparison: Comparison, contents: Contents, folder: Path) -> list[Path]:
+def write_report(comparison: Comparison, contents: Contents, folder: Path) -> None:
     """Write the report, in place of an earlier one; every file appears under its name only when it is complete.
 
     Args:
         comparison: whose detections are drawn.
         contents: all else that the report shows.
         folder: gets ``report.html``, ``report.md``, ``report.json`` and ``figures/*.png``.
-
-    Returns:
-        The files written.
     """
     pictures = list(_pictures(comparison, contents))
-    names = {'html': 'report.html.j2', 'md': 'report.md.j2'}
-    texts = {f'report.{kind}': _render(name, contents, pictures) for kind, name in names.items()}
+    texts = {name: _render(f'{name}.j2', contents, pictures) for name in ('report.html', 'report.md')}
     (folder / 'figures').mkdir(parents=True, exist_ok=True)
-    written = [_write(folder / 'figures' / f'{picture.name}.png', picture.png) for picture in pictures]
-    for name in set(FIGURES) - {picture.name for picture in pictures}:
+    for name in FIGURES:
         (folder / 'figures' / f'{name}.png').unlink(missing_ok=True)
-    written += [_write(folder / name, text.encode()) for name, text in texts.items()]
-    with written_whole(folder / 'report.json') as part:
-        contents.save(part)
-    return [*written, folder / 'report.json']
-
-
-def _write(path: Path, content: bytes) -> Path:
-    with written_whole(path) as part:
-        part.write_bytes(content)
-    return path
+    for picture in pictures:
+        with written_whole(folder / 'figures' / f'{picture.name}.png') as unfinished:
+            unfinished.write_bytes(picture.file('png'))
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    with written_whole(folder / 'report.json') as unfinished:
+        contents.save(unfinished)
 
 
 def _pictures(comparison: Comparison, contents: Contents) -> Iterator[Picture]:
@@ -99,7 +80,7 @@ def _pictures(comparison: Comparison, contents: Contents) -> Iterator[Picture]:
               'the fastest to the slowest round. The line joins what no other variant beats in both AP and cost.',
               pareto(contents, metric)) for metric in contents.metrics]
     drawn += [('curves', 'Course of the trainings',
-               'Mean over seeds in a band from the lowest to the highest; the loss is a running mean.',
+               'A line for each training; the loss is a running mean over 5 % of the training.',
                curves(contents)),
               ('coefficients', 'Coefficients of the replaced blocks',
                'A panel for each block, a line for each seed: a solid, b dashed.', coefficients(contents)),
@@ -114,6 +95,7 @@ def _pictures(comparison: Comparison, contents: Contents) -> Iterator[Picture]:
 
 
 def _render(template: str, contents: Contents, pictures: list[Picture]) -> str:
+    """The text of a report file."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=template.endswith('.html.j2'),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -121,20 +103,24 @@ def _render(template: str, contents: Contents, pictures: list[Picture]) -> str:
     variants = contents.variants[1:]
     sentences = [(variant.name, sentence.removeprefix(f'{variant.name}: '))
                  for variant, sentence in zip(variants, in_short(contents), strict=True)]
+    unfinished: dict[str, list[int]] = {}
+    for run in contents.runs:
+        if run.status == 'unfinished':
+            unfinished.setdefault(run.variant, []).append(run.seed)
     return environment.get_template(template).render(
         contents=contents, pictures=pictures, sentences=sentences, tables=tables(contents), signs=SIGNS,
         title=f'{contents.baseline.name} and {len(variants)} {"variant" if len(variants) == 1 else "variants"} of it',
-        facts=_facts(contents), how_to_read=_how_to_read(contents), unfinished=_unfinished(contents),
+        facts=_facts(contents), how_to_read=_how_to_read(contents), unfinished=unfinished,
         failed=[run for run in contents.runs if run.status == 'failed'])
 
 
 def _facts(contents: Contents) -> str:
     done = sum(run.status == 'finished' for run in contents.runs)
-    parts = [f'{done} of {len(contents.runs)} trainings finished', 'one seed' if contents.seeds == 1 else
-             f'{contents.seeds} seeds each']
+    facts = [f'{done} of {len(contents.runs)} trainings finished',
+             'one seed' if contents.seeds == 1 else f'{contents.seeds} seeds each']
     if contents.images is not None:
-        parts.append(f'{contents.images} val images with {contents.objects} objects')
-    return ', '.join([*parts, contents.environment['device']])
+        facts.append(f'{contents.images} val images with {contents.objects} objects')
+    return ', '.join([*facts, contents.environment['device']])
 
 
 def _how_to_read(contents: Contents) -> list[tuple[str, str]]:
@@ -148,15 +134,6 @@ def _how_to_read(contents: Contents) -> list[tuple[str, str]]:
         means.append(('one seed only', 'How much AP varies from training to training isn\'t known, so nothing is '
                       'called better or worse in AP.'))
     return means
-
-
-def _unfinished(contents: Contents) -> dict[str, list[int]]:
-    """Seeds that aren't finished by variant."""
-    found: dict[str, list[int]] = {}
-    for run in contents.runs:
-        if run.status == 'unfinished':
-            found.setdefault(run.variant, []).append(run.seed)
-    return found
 
 
 def escape_markdown(text: str) -> str:

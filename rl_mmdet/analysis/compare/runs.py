@@ -3,15 +3,18 @@ import contextlib
 import fcntl
 import json
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
 
-from ...engine import UserError, write_text
+from ...engine import UserError
+from ...engine.files import write_text
 from ..training_run import run_training
 from .coco_scores import Matches, Scores, score_detections
 from .comparison import Comparison, Run
@@ -68,33 +71,33 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def train_all(comparison: Comparison, tools: Tools, say: Say) -> list[Run]:
-    """Train and score every run that isn't finished yet. A run that fails is reported, and the others go on.
+def train_all(comparison: Comparison, tools: Tools, say: Say) -> None:
+    """Train and score every run that isn't finished yet.
+
+    Of a run that fails ``error.txt`` in its folder says why, and the others go on.
 
     Args:
         comparison: which runs.
         tools: how to start them.
         say: gets one line whenever there is progress.
-
-    Returns:
-        The runs that failed; ``error.txt`` in their folders says why.
     """
     runs = comparison.runs()
-    progress = _Progress(runs, say)
-    failed = []
+    progress = _Progress(len(runs), say)
     for run in runs:
+        progress.begin(run)
         if scores_of(run) is not None:
-            progress.done(run, 'finished before', trained=False)
+            progress.done('finished before', trained=False)
             continue
         complaint = run.folder / 'error.txt'
         complaint.unlink(missing_ok=True)
         try:
-            _finish(comparison, run, tools, progress)
+            scores = _finish(comparison, run, tools, progress)
         except UserError as error:
             write_text(complaint, f'{error}\n')
-            failed.append(run)
-            progress.done(run, f'FAILED, the others go on: {str(error).splitlines()[-1]}', trained=False)
-    return failed
+            progress.done(f'FAILED, the others go on: {str(error).splitlines()[-1]}', trained=False)
+        else:
+            progress.done(', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}'
+                                    for metric, each in scores.items()), trained=True)
 
 
 def scores_of(run: Run) -> dict[str, Scores] | None:
@@ -117,12 +120,11 @@ def checkpoint_of(run: Run) -> Path | None:
     return Path(marker.read_text().strip()) if marker.is_file() else None
 
 
-def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress') -> None:
-    """Do what is left to do of one run."""
-    config = comparison.config_file(run.variant)
-    progress.begin(run)
-    run_training(tools.command('train', config, '--work-dir', run.folder, '--resume', '--cfg-options',
-                               f'randomness.seed={run.seed}'), run.folder, progress.line)
+def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress') -> dict[str, Scores]:
+    """Do what is left to do of one run; its scores by metric."""
+    progress.phase('training')
+    run_training(tools.command('train', comparison.config_file(run.variant), '--work-dir', run.folder, '--resume',
+                               '--cfg-options', f'randomness.seed={run.seed}'), run.folder, progress.line)
     checkpoint = checkpoint_of(run)
     if checkpoint is None:
         raise UserError(f'{run.folder}: the training left no checkpoint; delete the folder and start again')
@@ -133,14 +135,6 @@ def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress
     run_training(tools.command('test', evaluation / 'config.py', checkpoint, '--work-dir', evaluation),
                  evaluation, progress.line)
     progress.phase('scoring its detections')
-    scores = _score(comparison, run)
-    write_text(run.folder / 'scores.json', json.dumps({m: asdict(s) for m, s in scores.items()}, indent=2))
-    text = ', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}' for metric, each in scores.items())
-    progress.done(run, text, trained=True)
-
-
-def _score(comparison: Comparison, run: Run) -> dict[str, Scores]:
-    """The scores of the run's detections by metric; what AP is computed from is saved."""
     scores = {}
     for metric in comparison.metrics():
         detections = run.folder / f'detections.{metric}.json'
@@ -149,6 +143,7 @@ def _score(comparison: Comparison, run: Run) -> dict[str, Scores]:
         except (ValueError, OSError) as error:
             raise UserError(f'the {metric} detections can\'t be scored: {error}') from error
         matches.save(run.folder / f'matches_{metric}.npz')
+    write_text(run.folder / 'scores.json', json.dumps({m: asdict(s) for m, s in scores.items()}, indent=2))
     return scores
 
 
@@ -163,11 +158,11 @@ def _val_config(comparison: Comparison, run: Run) -> Config:
 
 
 class _Progress:
-    """Lines on what is done, with an estimate of the time left: that of the running training by MMEngine, and for
-    each one to come the mean of those that this call has seen from their start."""
+    """Lines on what is done, with an estimate of the time left: MMEngine's for the running training, and for each one
+    to come the mean of those that this call has seen from their start."""
 
-    def __init__(self, runs: list[Run], say: Say) -> None:
-        self.runs = runs
+    def __init__(self, total: int, say: Say) -> None:
+        self.total = total
         self.say = say
         self.finished = 0
         self.seconds: list[float] = []
@@ -176,45 +171,35 @@ class _Progress:
 
     def begin(self, run: Run) -> None:
         self.run, self.start, self.spoken = run, time.monotonic(), 0.
-        self.phase('training')
 
     def phase(self, text: str) -> None:
-        self.say(f'[{self.finished + 1}/{len(self.runs)}] {self.run}: {text}')
+        self.say(f'[{self.finished + 1}/{self.total}] {self.run}: {text}')
 
     def line(self, text: str) -> None:
-        """A line of the training's own log."""
-        if time.monotonic() - self.spoken >= QUIET or 'Epoch(val)' in text:
-            self.spoken = time.monotonic()
-            self.phase(f'{_short(text)}{self._left(text)}')
+        """A line of the training's own log, of which few are shown, and only what matters."""
+        if time.monotonic() - self.spoken < QUIET and 'Epoch(val)' not in text:
+            return
+        self.spoken = time.monotonic()
+        where = re.match(r'(Epoch|Iter)\(\w+\)\s*(\[[^\]]*\]\s*)*', text)
+        loss = re.search(r' loss: ([\d.einfa+-]+)', text)
+        shown = [where[0].strip() if where else text, *([f'loss {float(loss[1]):.3f}'] if loss else []),
+                 *re.findall(r'(?:bbox|segm)_mAP: [\d.-]+', text)]
+        self.phase(' '.join(shown) + self._left(text))
 
-    def done(self, run: Run, text: str, trained: bool) -> None:
+    def done(self, text: str, trained: bool) -> None:
         """``trained``: whether the time that it took tells how long the others will take."""
-        self.run = run
         self.phase(text)
         self.finished += 1
         if trained:
             self.seconds.append(time.monotonic() - self.start)
 
     def _left(self, text: str) -> str:
+        """The time left for all trainings, if MMEngine's line has its own estimate."""
         found = ETA.search(text)
         if not found:
             return ''
         days, hours, minutes, seconds = (int(each or 0) for each in found.groups())
-        own = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-        each = sum(self.seconds) / len(self.seconds) if self.seconds else time.monotonic() - self.start + own
-        left = own + each * (len(self.runs) - self.finished - 1)
-        return f'; all in about {_duration(left)}'
-
-
-def _short(text: str) -> str:
-    """What matters of a line of MMEngine's log."""
-    where = re.match(r'(Epoch|Iter)\(\w+\)\s*(\[[^\]]*\]\s*)*', text)
-    loss = re.search(r' loss: ([\d.einfa+-]+)', text)
-    parts = [where[0].strip() if where else text, loss and f'loss {float(loss[1]):.3f}',
-             *re.findall(r'(?:bbox|segm)_mAP: [\d.-]+', text)]
-    return ' '.join(part for part in parts if part)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else f'{max(1, minutes)} min'
+        own = timedelta(days, seconds, hours=hours, minutes=minutes).total_seconds()
+        each = statistics.fmean(self.seconds) if self.seconds else time.monotonic() - self.start + own
+        left = max(1, round((own + each * (self.total - self.finished - 1)) / 60))
+        return f'; all in about {left // 60} h {left % 60} min' if left >= 60 else f'; all in about {left} min'

@@ -11,33 +11,30 @@ OF_NO_MATTER = ('pipeline', 'backend_args', 'palette', 'lazy_init', 'serialize_d
 """Settings of a val set or metric in which variants may differ."""
 
 
-def check_evaluation(cfg: Config) -> None:
-    """The baseline's evaluation is one that can be compared.
+def check_same_question(cfgs: Mapping[str, Config]) -> None:
+    """All configs are evaluated on the same images, by the same CocoMetric.
+
+    Args:
+        cfgs: by name, the baseline's first.
 
     Raises:
-        UserError: it has no val set or no CocoMetric with an annotation file and the usual thresholds.
+        UserError: the baseline's evaluation can't be compared, or another's differs; it names the first setting.
     """
-    evaluator = coco_evaluator(cfg)
+    (_, base), *others = cfgs.items()
+    evaluator = coco_evaluator(base)
     if not evaluator.get('ann_file'):
         raise UserError('val_evaluator.ann_file is missing: detections are compared against a COCO annotation file')
-    if not metrics_of(cfg):
+    if not metrics_of(base):
         raise UserError(f'val_evaluator.metric is {evaluator.get("metric")!r}; what can be compared: '
                         f'{", ".join(METRICS)}')
     if evaluator.get('iou_thrs') is not None:
         raise UserError('val_evaluator.iou_thrs: COCO AP is compared, over the thresholds 0.5 to 0.95; leave it out')
-
-
-def check_same_question(base: Config, other: Config, name: str) -> None:
-    """Both are evaluated on the same images, by the same metric.
-
-    Raises:
-        UserError: they aren't; it names the first setting that differs.
-    """
-    for title, part in (('val set', lambda cfg: dict(cfg.val_dataloader.dataset)),
-                        ('metric', lambda cfg: dict(coco_evaluator(cfg)))):
-        for key, own, others in differences(part(base), part(other), OF_NO_MATTER):
-            raise UserError(f'{name} has another {title} than the baseline, so their AP can\'t be compared: {key} is '
-                            f'{others!r}, the baseline\'s {own!r}')
+    for name, cfg in others:
+        for title, first, second in (('metric', evaluator, coco_evaluator(cfg)),
+                                     ('val set', base.val_dataloader.dataset, cfg.val_dataloader.dataset)):
+            for key, old, new in differing(first, second, OF_NO_MATTER):
+                raise UserError(f'{name} has another {title} than the baseline, so their AP can\'t be compared: {key} '
+                                f'is {new!r}, the baseline\'s {old!r}')
 
 
 def coco_evaluator(cfg: Config) -> ConfigDict:
@@ -61,8 +58,8 @@ def metrics_of(cfg: Config) -> list[str]:
     return [each for each in METRICS if each in ([metric] if isinstance(metric, str) else metric)]
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any],
-                ignore: Sequence[str] = ()) -> Iterator[tuple[str, Any, Any]]:
+def differing(one: Mapping[str, Any], other: Mapping[str, Any],
+              ignore: Sequence[str] = ()) -> Iterator[tuple[str, Any, Any]]:
     """Every setting in which two configs differ, by dotted key, with both values."""
     first, second = dict(_flat(one, ignore)), dict(_flat(other, ignore))
     for key in dict.fromkeys([*first, *second]):
@@ -71,6 +68,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any],
 
 
 def _flat(node: Any, ignore: Sequence[str], key: str = '') -> Iterator[tuple[str, Any]]:
+    """Every setting's dotted key and value."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             if name not in ignore:

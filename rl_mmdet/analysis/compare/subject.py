@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseModule
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 from ...engine import UserError, build_model, check_checkpoint, read_checkpoint, take_found_
 from ...engine.search import searched_module
 from ...models.layouts import state_dict_of
-from ...replacement import materialize
+from ...replacement import materialize, set_step_
 from ...replacement.flops import count_flops
 from ...replacement.saved_bytes import saved_bytes
-from ..cost import peak_memory, trainable_parameters
-from ..zoo.configs import without_synchronisation
+from ..cost import mean_over_steps, peak_memory, trainable_parameters
 
 PEAK_OF = {'cuda': "torch's CUDA allocator", 'cpu': "torch's CPU allocator"}
 WORKERS = ('prefetch_factor', 'timeout', 'multiprocessing_context')
@@ -42,11 +40,12 @@ class Subject:
 
     def __init__(self, cfg: Config, checkpoint: Path | None, loaders: 'Loaders', allow_pickle: bool) -> None:
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-        self.notes: list[str] = []
+        self.remarks: list[str] = []
         """What is measured in another way than the config says."""
         self.model = _build(cfg, checkpoint, allow_pickle).to(self.device)
         self.loaded = [buffer.clone() for buffer in self.model.buffers()]
         self.optim = self._build_optim(cfg)
+        self.steps = 0
         self.training_batch = loaders.first_batch(cfg, 'train')
         self.image = loaders.first_batch(cfg, 'val', batch_size=1, batch_sampler=None)
         self.augments = bool(getattr(self.model.data_preprocessor, 'batch_augments', None))
@@ -55,7 +54,7 @@ class Subject:
         settings = dict(copy.deepcopy(cfg.optim_wrapper), accumulative_counts=1)
         if settings.get('type') in ('AmpOptimWrapper', AmpOptimWrapper) and self.device.type == 'cpu':
             settings = {key: value for key, value in settings.items() if key not in AMP} | dict(type='OptimWrapper')
-            self.notes.append('mixed precision needs a GPU; measured in float32')
+            self.remarks.append('mixed precision needs a GPU; measured in float32')
         wrapper = build_optim_wrapper(self.model, settings)
         for group in wrapper.optimizer.param_groups:
             group['lr'] = 0.
@@ -66,7 +65,12 @@ class Subject:
         return copy.deepcopy(self.training_batch) if self.augments else self.training_batch
 
     def step(self) -> dict[str, Tensor]:
-        """One training step, the same work and the same losses at every call."""
+        """The next training step, with the same batch at every call; replaced blocks take turns in learning."""
+        set_step_(self.model, self.steps)
+        self.steps += 1
+        return self._step()
+
+    def _step(self) -> dict[str, Tensor]:
         set_random_seed(0)
         return self.model.train_step(self._batch(), self.optim)
 
@@ -80,6 +84,8 @@ class Subject:
         """What doesn't depend on the machine's speed, by the fields of :class:`Cost`."""
         self.model.train()
         self._make_first_steps()
+        step_flops = mean_over_steps(self.model, lambda: count_flops(self._step))
+        set_step_(self.model, 0)  # each block's memory is the same in all steps but one
         inputs = self.model.data_preprocessor(self._batch(), True)['inputs']
         states = self.optim.optimizer.state.values()
         return dict(
@@ -88,9 +94,9 @@ class Subject:
             optimizer_bytes=sum(value.nbytes for state in states for value in state.values()
                                 if isinstance(value, Tensor)),
             forward_flops=count_flops(self.forward),
-            step_flops=count_flops(self.step),
+            step_flops=step_flops,
             saved_bytes=saved_bytes(self.model, self.forward),
-            peak_bytes=peak_memory(self.step, self.device),
+            peak_bytes=peak_memory(self._step, self.device),
             peak_of=PEAK_OF[self.device.type],
             batch=len(inputs),
             image_size=tuple(inputs.shape[-2:]))
@@ -121,14 +127,11 @@ class Subject:
 def _build(cfg: Config, checkpoint: Path | None, allow_pickle: bool) -> nn.Module:
     """The detector with the checkpoint's weights, or as it is before training, but for pretrained weights."""
     set_random_seed(0)
-    cfg = Config(dict(default_scope=cfg.get('default_scope'), model=without_synchronisation(cfg.model)))
+    cfg = Config(dict(default_scope=cfg.get('default_scope'), model=_alone(cfg.model)))
     take_found_(cfg, checkpoint and str(checkpoint), allow_pickle)
     model = build_model(cfg)
     if searched_module(model) is not None:
         raise UserError('what it costs is not known before its search has found a plan; train it first')
-    for module in model.modules():
-        if isinstance(module, BaseModule):
-            module.init_cfg = _without_pretrained(module.init_cfg)
     model.init_weights()
     if checkpoint is not None:
         check_checkpoint(model, str(checkpoint), allow_pickle=allow_pickle)
@@ -136,11 +139,21 @@ def _build(cfg: Config, checkpoint: Path | None, allow_pickle: bool) -> nn.Modul
     return model
 
 
-def _without_pretrained(inits: Any) -> Any:
-    """An ``init_cfg`` that loads nothing."""
-    if isinstance(inits, list):
-        return [init for init in inits if _without_pretrained(init) is not None]
-    return None if isinstance(inits, Mapping) and inits.get('type') in ('Pretrained', 'PretrainedInit') else inits
+def _alone(node: Any) -> Any:
+    """A copy of a config value with BatchNorm for one process, and without pretrained weights to load."""
+    if isinstance(node, Mapping):
+        own = {key: _alone(value) for key, value in node.items() if not _loads(key, value)}
+        return own | (dict(type='BN') if own.get('type') in ('SyncBN', 'MMSyncBN') else {})
+    if isinstance(node, (list, tuple)):
+        return type(node)(_alone(each) for each in node if not _loads('init_cfg', each))
+    return node
+
+
+def _loads(key: str, value: Any) -> bool:
+    """Whether a setting names weights to start from."""
+    if isinstance(value, Mapping):
+        return key == 'init_cfg' and value.get('type') in ('Pretrained', 'PretrainedInit')
+    return key == 'pretrained' and isinstance(value, str)
 
 
 class Loaders:
@@ -151,8 +164,6 @@ class Loaders:
 
     def first_batch(self, cfg: Config, phase: str, **changes: Any) -> dict[str, Any]:
         """A batch of one's own, loaded with seed 0 and in this process."""
-        if cfg.get(f'{phase}_dataloader') is None:
-            raise UserError(f'config: it has no {phase}_dataloader')
         settings = {key: value for key, value in cfg[f'{phase}_dataloader'].items() if key not in WORKERS}
         settings |= dict(num_workers=0, persistent_workers=False, **changes)
         if not any(known == settings for known, _ in self.known):

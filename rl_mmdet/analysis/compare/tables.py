@@ -2,7 +2,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import rich.table
 from rich.markup import escape
@@ -55,10 +54,20 @@ def summary_table(contents: Contents) -> Table:
         for metric in scored:
             cells += [Cell(_spread(variant.scores.get(metric, {}).get('ap'))),
                       _difference_cells(variant.difference.get(metric))[0]]
-        rows.append(cells + [_cost_cell(variant, make) for make in columns.values()])
-    titles = [title for metric in scored for title in (TITLES[metric], 'less baseline')]
-    return Table('At a glance', ['variant', *titles, *columns], rows, 'AP: mean ± standard deviation over seeds. In '
-                 'brackets: over the baseline\'s; behind times the range of the rounds.')
+        rows.append(cells + _cost_cells(variant, columns))
+    titles = [title for metric in scored for title in (TITLES[metric], 'difference')]
+    return Table('At a glance', ['variant', *titles, *columns], rows, 'AP: mean ± standard deviation over seeds, and '
+                 'difference to the baseline. In brackets: over the baseline\'s; behind times the range of the rounds.')
+
+
+def rich_table(table: Table) -> rich.table.Table:
+    """The table for a terminal."""
+    found = rich.table.Table(title=table.title, caption=table.caption)
+    for number, name in enumerate(table.header):
+        found.add_column(name, justify='right' if number else 'left')
+    for row in table.rows:
+        found.add_row(*(escape(cell.text) for cell in row))
+    return found
 
 
 def _scored(contents: Contents) -> list[str]:
@@ -66,48 +75,44 @@ def _scored(contents: Contents) -> list[str]:
     return contents.metrics if any(variant.scores for variant in contents.variants) else []
 
 
-def _main_columns(baseline: Cost) -> dict[str, Callable[[Cost], Cell]]:
-    return {'trainable parameters, M': _count(baseline, 'trainable', 1e6, '.3f'),
-            'training step, GFLOPs': _count(baseline, 'step_flops', 1e9, '.2f'),
-            'saved for backward, MB': _count(baseline, 'saved_bytes', 1e6, '.1f'),
-            'peak of a step, MB': _count(baseline, 'peak_bytes', 1e6, '.1f'),
-            'time of a step': _time('step_ratios')}
-
-
 def _precision_table(contents: Contents, metric: str) -> Table:
-    header = ['variant', 'trainings', 'AP', 'less baseline', '95 % over val images', '95 % over seeds', 'AP50', 'AP75',
+    header = ['variant', 'trainings', 'AP', 'difference', '95 % over val images', '95 % over seeds', 'AP50', 'AP75',
               'AP small', 'AP medium', 'AP large']
     rows = []
     for variant in contents.variants:
-        scores, difference = variant.scores.get(metric, {}), variant.difference.get(metric)
+        scores = variant.scores.get(metric, {})
         done = sum(run.status == 'finished' for run in contents.runs_of(variant.name))
         rows.append([Cell(variant.name), Cell(f'{done} of {contents.seeds}'), Cell(_spread(scores.get('ap'))),
-                     *_difference_cells(difference),
+                     *_difference_cells(variant.difference.get(metric)),
                      *(Cell(_spread(scores.get(key))) for key in FIELDS[1:])])
-    return Table(TITLES[metric], header, rows, _precision_caption(contents, metric))
-
-
-def _precision_caption(contents: Contents, metric: str) -> str:
-    text = (f'On {contents.images} images with {contents.objects} objects; the last checkpoint of every training. '
-            'Mean ± standard deviation over seeds; the intervals are for the difference of AP: a paired bootstrap over '
-            'the val images, and Welch\'s t over the seeds. A variant is called better or worse if both leave out 0.')
-    if any(len(variant.scores[metric]['ap'].values) == 1 for variant in contents.variants
-           if variant.scores.get(metric, {}).get('ap')):
-        text += ' One seed only: no standard deviation and no interval.'
-    notes = {f'{run.variant}, seed {run.seed}: {note}' for run in contents.runs if metric in run.scores
-             for note in run.scores[metric].notes}
-    return ' '.join([text, *(f'{note}.' for note in sorted(notes))])
+    caption = [f'On {contents.images} images with {contents.objects} objects; the last checkpoint of every training. '
+               'Mean ± standard deviation over seeds. Difference: AP minus the baseline\'s, with two intervals: a '
+               'paired bootstrap over the val images, and Welch\'s t over the seeds. A variant is called better or '
+               'worse if both leave out 0.']
+    aps = [variant.scores.get(metric, {}).get('ap') for variant in contents.variants]
+    if any(ap and ap.deviation is None for ap in aps):
+        caption.append('One seed only: no standard deviation and no interval.')
+    caption += sorted({f'{run.variant}, seed {run.seed}: {note}.' for run in contents.runs if metric in run.scores
+                       for note in run.scores[metric].notes})
+    return Table(TITLES[metric], header, rows, ' '.join(caption))
 
 
 def _difference_cells(difference: Difference | None) -> list[Cell]:
+    """The difference to the baseline, and its two intervals."""
     if difference is None:
         return [Cell('')] * 3
-    mark = difference.verdict if difference.verdict in ('better', 'worse') else ''
-    intervals = [Cell(NONE)] * 2
-    if difference.images is not None:
-        intervals = [Cell(f'{signed(low)} to {signed(high)}') for low, high in
-                     ((difference.images.low, difference.images.high), (difference.low, difference.high))]
-    return [Cell(signed(difference.mean), mark), *intervals]
+    if difference.images is None:
+        return [Cell(signed(difference.mean)), Cell(NONE), Cell(NONE)]
+    mark = difference.verdict if difference.verdict != 'open' else ''
+    return [Cell(signed(difference.mean), mark),
+            Cell(f'{signed(difference.images.low)} to {signed(difference.images.high)}'),
+            Cell(f'{signed(difference.low)} to {signed(difference.high)}')]
+
+
+def _spread(value: Spread | None) -> str:
+    if value is None:
+        return NONE
+    return f'{value.mean:.3f}' + ('' if value.deviation is None else f' ± {value.deviation:.3f}')
 
 
 def _cost_table(contents: Contents) -> Table:
@@ -118,8 +123,7 @@ def _cost_table(contents: Contents) -> Table:
         'forward, GFLOPs': _count(baseline, 'forward_flops', 1e9, '.2f'),
         'latency': _time('latency_ratios'),
         'latency, materialized': _time('plain_latency_ratios')}
-    rows = [[Cell(variant.name), *(_cost_cell(variant, make) for make in columns.values())]
-            for variant in contents.variants]
+    rows = [[Cell(variant.name), *_cost_cells(variant, columns)] for variant in contents.variants]
     height, width = baseline.image_size
     caption = (f'{contents.environment["device"]}; {baseline.batch} images of {height}×{width} in a training step, one '
                f'in a prediction. MB are 10⁶ bytes; the peak is the record of {baseline.peak_of}. In brackets: over '
@@ -128,8 +132,17 @@ def _cost_table(contents: Contents) -> Table:
     return Table('Cost', ['variant', *columns], rows, caption)
 
 
-def _cost_cell(variant: VariantResult, make: Callable[[Cost], Cell]) -> Cell:
-    return Cell(NONE) if variant.cost is None else make(variant.cost)
+def _main_columns(baseline: Cost) -> dict[str, Callable[[Cost], Cell]]:
+    """What makes a cell of a cost, by the column's title."""
+    return {'trainable parameters, M': _count(baseline, 'trainable', 1e6, '.3f'),
+            'training step, GFLOPs': _count(baseline, 'step_flops', 1e9, '.2f'),
+            'saved for backward, MB': _count(baseline, 'saved_bytes', 1e6, '.1f'),
+            'peak of a step, MB': _count(baseline, 'peak_bytes', 1e6, '.1f'),
+            'time of a step': _time('step_ratios')}
+
+
+def _cost_cells(variant: VariantResult, columns: dict[str, Callable[[Cost], Cell]]) -> list[Cell]:
+    return [Cell(NONE) if variant.cost is None else make(variant.cost) for make in columns.values()]
 
 
 def _count(baseline: Cost, key: str, unit: float, form: str) -> Callable[[Cost], Cell]:
@@ -157,17 +170,14 @@ def _class_table(contents: Contents, metric: str) -> Table:
     reference = contents.baseline.per_class.get(metric, {})
     rows = []
     for variant in contents.variants:
-        own = variant.per_class.get(metric, {})
-        rows.append([Cell(variant.name), *(Cell(_class_text(own.get(name), reference.get(name), variant
-                                                            is contents.baseline)) for name in contents.classes)])
+        cells = [Cell(variant.name)]
+        for name in contents.classes:
+            value, base = variant.per_class.get(metric, {}).get(name), reference.get(name)
+            change = '' if variant is contents.baseline or None in (value, base) else f' ({signed(value - base)})'
+            cells.append(Cell(NONE if value is None else f'{value:.3f}{change}'))
+        rows.append(cells)
     return Table(f'{TITLES[metric]} by class', ['variant', *contents.classes], rows,
-                 'Means over seeds; in brackets less the baseline\'s.')
-
-
-def _class_text(value: float | None, reference: float | None, is_baseline: bool) -> str:
-    if value is None:
-        return NONE
-    return f'{value:.3f}' if is_baseline or reference is None else f'{value:.3f} ({signed(value - reference)})'
+                 'Means over seeds; in brackets the difference to the baseline.')
 
 
 def _run_table(contents: Contents) -> Table:
@@ -176,29 +186,13 @@ def _run_table(contents: Contents) -> Table:
               'peak resident set, MiB', 'waiting for data']
     return Table('Trainings', header, [_run_row(contents, run) for run in contents.runs],
                  'The peak is of the whole training process: of PyTorch\'s allocator on a GPU, else of the resident '
-                 'set, libraries included. Waiting for data: median part of an iteration.')
+                 'set, libraries included. Waiting for data: median share of an iteration.')
 
 
 def _run_row(contents: Contents, run: RunResult) -> list[Cell]:
-    peak: Any = run.log.peak_gpu_bytes or run.training.peak_rss
+    aps = [run.scores[metric].ap if metric in run.scores else None for metric in contents.metrics]
+    peak = run.log.peak_gpu_bytes or run.training.peak_rss
     return [Cell(run.variant), Cell(str(run.seed)), Cell(run.status, 'worse' if run.status == 'failed' else ''),
-            *(Cell(f'{run.scores[metric].ap:.3f}' if metric in run.scores and run.scores[metric].ap is not None
-                   else NONE) for metric in contents.metrics),
+            *(Cell(NONE if ap is None else f'{ap:.3f}') for ap in aps),
             Cell(f'{peak / 2**20:,.0f}' if peak else NONE),
             Cell(NONE if run.log.data_share is None else f'{run.log.data_share:.0%}')]
-
-
-def _spread(value: Spread | None) -> str:
-    if value is None:
-        return NONE
-    return f'{value.mean:.3f}' + ('' if value.deviation is None else f' ± {value.deviation:.3f}')
-
-
-def rich_table(table: Table) -> rich.table.Table:
-    """The table for a terminal."""
-    found = rich.table.Table(title=table.title, caption=table.caption)
-    for number, name in enumerate(table.header):
-        found.add_column(name, justify='right' if number else 'left')
-    for row in table.rows:
-        found.add_row(*(escape(cell.text) for cell in row))
-    return found

@@ -18,7 +18,7 @@ class TrainingLog:
         loss: total loss over iterations.
         ap: AP (0 to 1) during training over iterations, by metric (``'bbox'``, ``'segm'``).
         coefficients: for every replaced block its (a, b) over iterations, by its name in the model.
-        data_share: part of an iteration's time that the training waited for data, 0 to 1 (median over the lines);
+        data_share: share of an iteration's time that the training waited for data, 0 to 1 (median over the lines);
             None without such lines.
         peak_gpu_bytes: largest memory of PyTorch's allocator on the GPU; None on a CPU.
     """
@@ -30,16 +30,20 @@ class TrainingLog:
 
 
 def read_training_log(folder: Path) -> TrainingLog:
-    """Read the log of a training in its work dir, with all parts that a resumed one has.
+    """Read the log of a training in its work dir; a resumed one has several files.
 
-    Where a part was repeated after an interruption, the later values count. A last line that isn't whole, as a killed
-    process leaves it, is passed over.
+    Where iterations were repeated after an interruption, the later values count. A last line that isn't whole, as a
+    killed process leaves it, is passed over.
     """
     loss, shares, memory = {}, [], []
     ap: dict[str, dict[float, float]] = {}
     coefficients: dict[str, dict[float, tuple[float, float]]] = {}
-    epochs = _iterations_by_epoch(folder)
-    for line in _lines(folder):
+    lines = list(_lines(folder))
+    epochs: dict[float, float] = {}  # iterations that are done at the end of each; empty for trainings by iteration
+    for line in lines:
+        if 'epoch' in line and 'loss' in line:
+            epochs[line['epoch']] = max(epochs.get(line['epoch'], 0), line['step'])
+    for line in lines:
         step = line['step']
         if 'loss' in line:
             loss[step] = line['loss']
@@ -58,16 +62,8 @@ def read_training_log(folder: Path) -> TrainingLog:
                        statistics.median(shares) if shares else None, max(memory) * 2**20 if memory else None)
 
 
-def _iterations_by_epoch(folder: Path) -> dict[float, float]:
-    """How many iterations were done at the end of each epoch; empty for trainings by iteration."""
-    last: dict[float, float] = {}
-    for line in _lines(folder):
-        if 'epoch' in line and 'loss' in line:
-            last[line['epoch']] = max(last.get(line['epoch'], 0), line['step'])
-    return last
-
-
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line with a step, the oldest file's first."""
     for path in sorted(folder.glob('*/vis_data/scalars.json')):
         for text in path.read_text().splitlines():
             try:

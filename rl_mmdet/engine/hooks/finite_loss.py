@@ -13,8 +13,8 @@ from ..errors import NonFiniteLossError
 class FiniteLossHook(Hook):
     """Stop training when a loss, or a weight about to be saved, isn't finite.
 
-    Every iteration is looked at, before the checkpoint, EMA and logger hooks see it, so the last good checkpoint
-    stays the last one. (:class:`mmdet.engine.CheckInvalidLossHook` looks at every 50th iteration's total.)
+    It checks every iteration before the checkpoint, EMA and logger hooks run, so the last good checkpoint stays the
+    last one. (:class:`mmdet.engine.CheckInvalidLossHook` checks the sum of the losses in every 50th iteration.)
 
     Raises:
         NonFiniteLossError: names the iteration and the losses, or the weights, that aren't finite.
@@ -39,6 +39,7 @@ class FiniteLossHook(Hook):
 
 
 def _number(value: object) -> float | None:
+    """The value of a number or of a tensor with one element, else None."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.detach().item()
     return value if isinstance(value, (int, float)) else None

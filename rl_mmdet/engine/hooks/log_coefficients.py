@@ -1,9 +1,10 @@
-"""How the coefficients of the replaced blocks develop, in the log of the training."""
+"""The coefficients of the replaced blocks in the training's log."""
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ...replacement import computing_layers
+from ...replacement.checks import check_number
 from ..detectors import plain_model
 
 
@@ -11,21 +12,18 @@ from ..detectors import plain_model
 class LogCoefficientsHook(Hook):
     """Write every replaced block's (a, b) to the visualisation backends, as ``replacement/<block>/a`` and ``.../b``.
 
-    With MMDetection's default backend they are lines of their own in ``vis_data/scalars.json``, and TensorBoard and
-    others draw them as curves. Where a fusion has more than one pair, the mean over the pairs is written; a block
-    without such coefficients is left out.
+    MMDetection's default backend appends them to ``vis_data/scalars.json``; TensorBoard and others draw curves. Where a
+    fusion has several pairs, their mean is written. A block without such coefficients is left out.
 
     Args:
-        interval: iterations between two lines; the start and the last iteration are written as well.
+        interval: iterations between two entries; the start and the last iteration are always written.
 
     Raises:
         ValueError: ``interval`` below 1.
     """
 
     def __init__(self, interval: int = 50) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f'LogCoefficientsHook: interval must be an integer of at least 1, got {interval!r}')
-        self.interval = interval
+        self.interval = check_number('LogCoefficientsHook: interval', interval, whole=True, least=1)
 
     def before_train(self, runner: Runner) -> None:
         if runner.iter == 0:

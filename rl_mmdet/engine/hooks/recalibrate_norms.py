@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ...replacement import recalibrate_norms_, stale_norms
+from ...replacement.checks import check_number
 from ..detectors import inner_detectors, plain_model
 
 
@@ -18,9 +19,9 @@ from ..detectors import inner_detectors, plain_model
 class RecalibrateNormsHook(Hook):
     """Recalibrate the BatchNorm statistics of replaced blocks that were initialised from a baseline's weights.
 
-    mmdet trains with ``norm_eval=True``: without this a replaced block, whose weights are new, would run on the
-    removed block's statistics for the whole training. It happens once, after loading and before the first step;
-    a resumed run is left as it is. Under DDP every process sees its own batches and the statistics are averaged.
+    mmdet trains with ``norm_eval=True``, so a replaced block, whose weights are new, would otherwise use the removed
+    block's statistics for the whole training. This hook works once, after loading and before the first step, and not
+    in a resumed training. Under DDP every process sees its own batches and the statistics are averaged.
 
     Args:
         num_batches: batches of the training set per process, augmented as in training.
@@ -30,15 +31,13 @@ class RecalibrateNormsHook(Hook):
     """
 
     def __init__(self, num_batches: int = 20) -> None:
-        if not isinstance(num_batches, int) or num_batches < 1:
-            raise ValueError(f'RecalibrateNormsHook: num_batches must be an integer of at least 1, got {num_batches!r}')
-        self.num_batches = num_batches
+        self.num_batches = check_number('RecalibrateNormsHook: num_batches', num_batches, whole=True, least=1)
 
     def before_train(self, runner: Runner) -> None:
         self.recalibrate(runner)
 
     def recalibrate(self, runner: Runner) -> None:
-        """Recalibrate now, if there are replaced blocks with weights that are newer than their statistics."""
+        """Recalibrate now, if the weights of some replaced blocks are newer than their statistics."""
         model = plain_model(runner)
         mode = model.training
         model.train()
@@ -49,6 +48,7 @@ class RecalibrateNormsHook(Hook):
         model.train(mode)
 
     def _batches(self, runner: Runner) -> Iterator[dict]:
+        """This process's share of random batches of the training set."""
         loader = runner.train_dataloader
         size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(runner.seed or 0))
@@ -57,7 +57,7 @@ class RecalibrateNormsHook(Hook):
 
 
 def _feature_extractor(model: nn.Module) -> Callable[[dict], None]:
-    """What sends a batch through each detector with stale norms: the model, a tracker's own, student and teacher."""
+    """A function that sends a batch through the model, or through each detector in it that has stale norms."""
     detectors = inner_detectors(model, stale_norms)
 
     def run(batch: dict) -> None:

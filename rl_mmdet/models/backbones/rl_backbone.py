@@ -1,47 +1,38 @@
 """Replacement Learning for any backbone."""
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from mmdet.models.backbones import ResNet, ResNetV1d, ResNeXt, SwinTransformer
 from mmdet.registry import MODELS
 from torch import nn
 
 from ..layouts import add_layout_hook
-from .replacement_mixin import (
-    ReplacementMixin,
-    assertions_named,
-    fold_norm_in_backbone_,
-    replace_in_backbone_,
-    set_transfer_,
-)
+from .replacement_mixin import ReplacementMixin, apply_settings_, assertions_named
 from .rl_resnet import RLResNet, RLResNetV1d, RLResNeXt
 from .rl_swin import RLSwin
-from .timm_backbone import RLTimmBackbone
+from .timm_backbone import TimmBackbone
 
-NAMED = {cls.__mro__[cls.__mro__.index(ReplacementMixin) + 1]: cls
-         for cls in (RLResNet, RLResNetV1d, RLResNeXt, RLSwin)}
-"""The backbones that have an RL class of their own."""
+NAMED = {ResNet: RLResNet, ResNetV1d: RLResNetV1d, ResNeXt: RLResNeXt, SwinTransformer: RLSwin}
+"""mmdet's backbones that have an RL class of their own."""
 
 
-@MODELS.register_module()
-def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: str | None = None,  # noqa: N802
-               replacement: Mapping[str, Any] | None = None, fold_norm: bool = False,
-               transfer: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
-    """Build any backbone and replace blocks of it.
+@MODELS.register_module(name='RLBackbone')
+def build_rl_backbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: str | None = None,
+                      replacement: Mapping[str, Any] | None = None, fold_norm: bool = False,
+                      transfer: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+    """Build any backbone and replace blocks of it; configs name it ``dict(type='RLBackbone', ...)``.
 
-    What comes back *is* that backbone: its class, attributes, state-dict keys and outputs, with computing layers
-    where blocks were, and the report in the attribute ``replacement_report``. Chains are found by structure
-    (:func:`~rl_mmdet.replacement.find_chains`).
+    What it returns *is* that backbone: its class, attributes, state-dict keys and outputs, with computing layers
+    where blocks were, and the report in the attribute ``replacement_report``.
 
     Args:
         backbone: a config dict, or just the type, of a backbone in mmdet's registry (``'ResNeSt'``) or another's
             (``'mmpretrain.ConvNeXt'``, where mmpretrain is installed).
         timm: instead of ``backbone``, the name of a timm model; see
             :class:`~rl_mmdet.models.backbones.timm_backbone.TimmBackbone` for its arguments.
-        replacement: settings of :func:`~rl_mmdet.replacement.replace_blocks_`; None replaces nothing.
-        fold_norm: keep less for backward where BatchNorm is in eval mode; needs ``norm_eval=True`` where the backbone
-            has it. See :mod:`~rl_mmdet.folding.fold_norm`.
-        transfer: which of its tensors are updated; see :mod:`rl_mmdet.search.transfers`. None for all.
+        replacement, fold_norm, transfer: as for
+            :class:`~rl_mmdet.models.backbones.replacement_mixin.ReplacementMixin`.
         **kwargs: the backbone's arguments, so that a config that inherits them changes only its ``type``.
 
     Raises:
@@ -49,13 +40,14 @@ def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: 
             whatever the backbone or the replacement refuses.
 
     Example:
-        >>> RLBackbone('ResNeSt', depth=50, replacement=dict(plan=dict(type='EveryKth', k=2)))
-        >>> RLBackbone(timm='convnext_tiny', replacement=dict(plan=dict(type='EveryKth', k=3)))
+        >>> build_rl_backbone('ResNeSt', depth=50, replacement=dict(plan=dict(type='EveryKth', k=2)))
+        >>> build_rl_backbone(timm='convnext_tiny', replacement=dict(plan=dict(type='EveryKth', k=3)))
     """
     if (backbone is None) == (timm is None):
         raise ValueError("RLBackbone takes either backbone=dict(type='ResNeSt', ...) or timm='convnext_tiny'")
+    settings = dict(replacement=replacement, fold_norm=fold_norm, transfer=transfer)
     if timm is not None:
-        return RLTimmBackbone(timm, replacement=replacement, fold_norm=fold_norm, transfer=transfer, **kwargs)
+        return TimmBackbone(timm, **settings, **kwargs)
     cfg = dict(backbone) if isinstance(backbone, Mapping) else dict(type=backbone)
     twice = sorted(cfg.keys() & kwargs.keys())
     if twice:
@@ -63,21 +55,18 @@ def RLBackbone(backbone: str | type | Mapping[str, Any] | None = None, *, timm: 
     cfg.update(kwargs)
     cls = _class_of(cfg.pop('type', None))
     cls = NAMED.get(cls, cls)
-    if isinstance(cls, type) and issubclass(cls, ReplacementMixin):
-        return cls(**cfg, replacement=replacement, fold_norm=fold_norm, transfer=transfer)
+    if isinstance(cls, type) and issubclass(cls, (ReplacementMixin, TimmBackbone)):
+        return cls(**cfg, **settings)
     with assertions_named(cls.__name__):
         built = cls(**cfg)
-    built.replacement_report = None
-    if replacement is not None:
-        built.replacement_report = replace_in_backbone_(built, replacement)
+    if replacement is not None:  # without it, loading is the backbone's own
         add_layout_hook(built)
-    if fold_norm:
-        fold_norm_in_backbone_(built)
-    set_transfer_(built, transfer)
+    apply_settings_(built, **settings)
     return built
 
 
-def _class_of(name: Any) -> Any:
+def _class_of(name: Any) -> Callable[..., nn.Module]:
+    """The backbone class of that name in a registry; a class is returned as it is."""
     if not isinstance(name, str):
         if callable(name):
             return name

@@ -5,20 +5,16 @@ from typing import Any
 from mmdet.models.backbones import ResNet, ResNetV1d, ResNeXt
 from mmdet.registry import MODELS
 
-from ..layouts import add_layout_hook
-from .replacement_mixin import ReplacementMixin, check_frozen_stages, check_out_indices
+from .replacement_mixin import ReplacementMixin, check_stages
 
 
 class _RLResNetBase(ReplacementMixin):
-    """Checks that mmdet's ResNets make without a word of explanation."""
+    """Explains what mmdet's ResNets refuse with a bare assertion."""
 
     def __init__(self, *args: Any, num_stages: int = 4, out_indices: Sequence[int] = (0, 1, 2, 3),
                  frozen_stages: int = -1, **kwargs: Any) -> None:
-        check_out_indices(type(self).__name__, out_indices, num_stages)
-        check_frozen_stages(type(self).__name__, frozen_stages, num_stages)
+        check_stages(type(self).__name__, num_stages, out_indices, frozen_stages)
         super().__init__(*args, num_stages=num_stages, out_indices=out_indices, frozen_stages=frozen_stages, **kwargs)
-        if self.replacement_report is not None:  # without replacement it is the parent, in loading too
-            add_layout_hook(self)
 
 
 @MODELS.register_module()
@@ -36,6 +32,7 @@ class RLResNetV1d(_RLResNetBase, ResNetV1d):
 
     Takes weights in timm's layout, too (``resnet50d`` and its relatives).
     """
+
 
 @MODELS.register_module()
 class RLResNeXt(_RLResNetBase, ResNeXt):

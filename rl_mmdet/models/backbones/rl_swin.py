@@ -4,10 +4,9 @@ from typing import Any
 
 from mmdet.models.backbones import SwinTransformer
 from mmdet.registry import MODELS
-from mmengine.runner import CheckpointLoader
 
-from ..layouts import add_layout_hook, state_dict_of
-from .replacement_mixin import ReplacementMixin, check_frozen_stages, check_init_cfg, check_out_indices
+from ..layouts import add_layout_hook, read_pretrained
+from .replacement_mixin import ReplacementMixin, check_init_cfg, check_stages
 
 
 @MODELS.register_module()
@@ -15,7 +14,7 @@ class RLSwin(ReplacementMixin, SwinTransformer):
     """:class:`mmdet.models.SwinTransformer` with Replacement Learning.
 
     A replaced block keeps its own window shift; all of its parameters are fused, the relative-position table
-    included. Stages of depth 2 have no interior block. Weights may come in mmdet's, Swin's original or timm's
+    included. In a stage of depth 2 no block can be replaced. Weights may come in mmdet's, Swin's original or timm's
     layout, whatever ``convert_weights`` says; position tables of another window size are interpolated.
 
     Example:
@@ -24,17 +23,16 @@ class RLSwin(ReplacementMixin, SwinTransformer):
 
     def __init__(self, *args: Any, depths: Sequence[int] = (2, 2, 6, 2), out_indices: Sequence[int] = (0, 1, 2, 3),
                  frozen_stages: int = -1, init_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        check_out_indices(type(self).__name__, out_indices, len(depths))
-        check_frozen_stages(type(self).__name__, frozen_stages, len(depths))
+        check_stages(type(self).__name__, len(depths), out_indices, frozen_stages)
         check_init_cfg(type(self).__name__, init_cfg)
         super().__init__(*args, depths=depths, out_indices=out_indices, frozen_stages=frozen_stages, init_cfg=init_cfg,
                          **kwargs)
-        add_layout_hook(self)
+        if self.replacement_report is None:  # with replacement, the mixin has added it
+            add_layout_hook(self)
 
     def init_weights(self) -> None:
         """Load ``init_cfg``'s checkpoint, or initialise as the parent does without one."""
         if self.init_cfg is None:
             super().init_weights()
-            return
-        checkpoint = CheckpointLoader.load_checkpoint(self.init_cfg['checkpoint'], map_location='cpu')
-        self.load_state_dict(state_dict_of(checkpoint, self.init_cfg.get('prefix') or '', wrapped=True), strict=False)
+        else:
+            self.load_state_dict(read_pretrained(self.init_cfg), strict=False)

@@ -1,23 +1,22 @@
-"""timm's models as mmdet backbones."""
+"""timm's models as mmdet backbones, with Replacement Learning."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.model import BaseModule
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layouts import own_layout, state_dict_of, translates
+from ..layouts import own_layout, read_pretrained, translates
 from ..timm_models import SCHEME, build_timm_model, timm_layout, untouched
-from .replacement_mixin import ReplacementMixin, check_init_cfg
+from .replacement_mixin import apply_settings_, check_init_cfg
 
 
 class TimmBackbone(BaseModule):
-    """A timm model that gives a detector its feature maps.
+    """A timm model that gives a detector its feature maps; configs name it ``dict(type='RLBackbone', timm=...)``.
 
     It has the timm model's attributes, parameters and state-dict keys (without its classifier, and without what
-    lies behind the last map), so timm's checkpoints fit. Everything else is as mmdet's backbones have it.
+    lies behind the last map), so timm's checkpoints fit. Everything else is as in mmdet's backbones.
 
     Args:
         timm: name of a timm model, e.g. ``'convnext_tiny'``, with or without a tag.
@@ -32,25 +31,29 @@ class TimmBackbone(BaseModule):
             ``init_cfg=dict(type='Pretrained', checkpoint='timm://<name>')``.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with a file in timm's or the original project's layout,
             or None for timm's own initialisation.
+        replacement, fold_norm, transfer: as for
+            :class:`~rl_mmdet.models.backbones.replacement_mixin.ReplacementMixin`.
         **kwargs: whatever ``timm.create_model`` takes for the model.
 
     Attributes:
         out_channels, out_strides: of each feature map, for the neck's ``in_channels``.
         patch: what image sides are padded to a multiple of, in pixels: a plain ViT's patch, else 1.
         pruned: keys of the timm model that no feature map needs.
+        replacement_report: what was replaced and why other blocks were not; None without replacement.
 
     Shapes:
         images ``(N, 3, H, W)`` to a tuple of maps ``(N, out_channels[i], H / s, W / s)`` with ``s = out_strides[i]``,
         rounded as the model does.
 
     Raises:
-        ValueError: unknown model, index, stage or argument; images smaller than the stride or of a size that the
-            model can't take.
+        ValueError: unknown model, index, stage or argument; a replacement that doesn't fit; images smaller than the
+            stride or of a size that the model can't take.
     """
 
     def __init__(self, timm: str, *, out_indices: Sequence[int] | None = None, norm: bool = False,
                  frozen_stages: int = -1, norm_eval: bool = False, with_cp: bool = False, pretrained: bool = False,
-                 init_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+                 init_cfg: Mapping[str, Any] | None = None, replacement: Mapping[str, Any] | None = None,
+                 fold_norm: bool = False, transfer: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if pretrained and init_cfg is not None:
             raise ValueError(f'{timm}: pretrained=True and init_cfg both say what to start from; leave one out')
         check_init_cfg(timm, init_cfg)
@@ -68,12 +71,13 @@ class TimmBackbone(BaseModule):
         if with_cp:
             body.set_grad_checkpointing(True)
         self.norm_eval = norm_eval
-        # The model's tensors are this module's own, under the same keys: both have the same dicts. In a tuple, the
-        # model is no child of it.
+        # This module and the timm model share their dicts of submodules and tensors, so that the keys are timm's. The
+        # tuple keeps the timm model itself from becoming a submodule, which would add its keys a second time.
         self._body = (body,)
         self._modules, self._parameters, self._buffers = body._modules, body._parameters, body._buffers
         self._non_persistent_buffers_set = body._non_persistent_buffers_set
         self._freeze(frozen_stages)
+        apply_settings_(self, replacement, fold_norm, transfer)
 
     @property
     def body(self) -> nn.Module:
@@ -91,9 +95,7 @@ class TimmBackbone(BaseModule):
     def init_weights(self) -> None:
         """Load ``init_cfg``'s checkpoint; without one, timm has initialised the weights already."""
         if self.init_cfg is not None and not self.is_init:
-            checkpoint = CheckpointLoader.load_checkpoint(self.init_cfg['checkpoint'], map_location='cpu')
-            tensors = state_dict_of(checkpoint, self.init_cfg.get('prefix') or '', wrapped=True)
-            self.load_state_dict(own_layout(self, tensors), strict=False)
+            self.load_state_dict(own_layout(self, read_pretrained(self.init_cfg)), strict=False)
         self.is_init = True
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -118,6 +120,7 @@ class TimmBackbone(BaseModule):
         return self
 
     def _freeze(self, stages: int) -> None:
+        """Freeze the stem and the first ``stages`` stages; -1 for none."""
         if stages < 0:
             return
         from timm.models import group_parameters
@@ -134,11 +137,12 @@ class TimmBackbone(BaseModule):
 
 @own_layout.register
 def _(module: TimmBackbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What timm makes of them, without the classifier and what lies behind the last map."""
+    """The layouts that timm reads for the model, without its classifier and what lies behind the last map."""
     plain = untouched(module.timm, module.kwargs)
-    needed = {key: value for key, value in plain.state_dict().items() if key not in module.pruned}
-    # timm takes some checkpoints without a classifier for an older layout, so it isn't asked about those that fit
-    if not (_fit(needed, tensors) or _fit(module.state_dict(), tensors)):
+    own, baseline = module.state_dict(), plain.state_dict()
+    # timm mistakes some checkpoints without a classifier for an older layout: those that fit stay as they are
+    if not all(key in tensors and tensors[key].shape in (own[key].shape, baseline[key].shape)
+               for key in own.keys() & baseline.keys()):
         tensors = timm_layout(module.timm, plain, tensors)
     classifier = plain.pretrained_cfg.get('classifier') or ()
     head = ('fc_norm.', *(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier)))
@@ -150,15 +154,7 @@ def _(module: TimmBackbone) -> bool:
     return True
 
 
-def _fit(needed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
-    return all(key in tensors and tensors[key].shape == value.shape for key, value in needed.items())
-
-
-class RLTimmBackbone(ReplacementMixin, TimmBackbone):
-    """:class:`TimmBackbone` with Replacement Learning; configs name it ``dict(type='RLBackbone', timm=...)``."""
-
-
-@fx.wrap  # a trace doesn't enter it: it asks for numbers
+@fx.wrap  # keeps a trace from entering the function, which needs the sizes as numbers
 def _check_size(name: str, images: Tensor, stride: int) -> None:
     height, width = images.shape[-2:]
     if min(height, width) < stride:
@@ -166,21 +162,22 @@ def _check_size(name: str, images: Tensor, stride: int) -> None:
                          'feature map; enlarge them or drop that map from out_indices')
 
 
-def _is_plain(feature_info: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all maps have one stride."""
-    return len({each['reduction'] for each in feature_info}) == 1
+def _is_plain(maps: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all maps have the same stride, as in a plain ViT."""
+    return len({each['reduction'] for each in maps}) == 1
 
 
-def _check_out_indices(name: str, feature_info: Sequence[Mapping[str, Any]],
+def _check_out_indices(name: str, maps: Sequence[Mapping[str, Any]],
                        out_indices: Sequence[int] | None) -> tuple[int, ...]:
-    count = len(feature_info)
+    """The indices as numbers from 0, in the order in which the model gives its maps; the default ones for None."""
+    count = len(maps)
     if out_indices is None:
-        return (count - 1,) if _is_plain(feature_info) else tuple(range(max(0, count - 4), count))
-    wrong = [index for index in out_indices if not -count <= index < count]
-    if wrong:
-        raise ValueError(f'{name}: out_indices {tuple(out_indices)} has {wrong[0]}, but its {count} feature maps are '
-                         + ', '.join(f'{index} (stride {each["reduction"]}, {each["num_chs"]} channels)'
-                                     for index, each in enumerate(feature_info)))
+        return (count - 1,) if _is_plain(maps) else tuple(range(max(0, count - 4), count))
     if not out_indices:
         raise ValueError(f'{name}: out_indices is empty')
-    return tuple(sorted({index % count for index in out_indices}))  # in the order in which the model gives them
+    for index in out_indices:
+        if not -count <= index < count:
+            raise ValueError(f'{name}: out_indices {tuple(out_indices)} has {index}, but its {count} feature maps are '
+                             + ', '.join(f'{i} (stride {each["reduction"]}, {each["num_chs"]} channels)'
+                                         for i, each in enumerate(maps)))
+    return tuple(sorted({index % count for index in out_indices}))

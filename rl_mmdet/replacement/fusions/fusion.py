@@ -149,7 +149,7 @@ class Fusion:
 def _mix(factors: dict[str, Pair], pairs: dict[str, Pair]) -> dict[str, Tensor]:
     """a·before + b·after for every tensor; of a tensor that only one side has, that one's term."""
     whole = [name for name, pair in pairs.items() if None not in pair]
-    if torch.is_grad_enabled():  # torch has no gradient for factors of its calls for several tensors
+    if torch.is_grad_enabled() or not whole:  # torch has no gradient for factors of its calls for several tensors
         made = {name: factors[name][0] * pairs[name][0] + factors[name][1] * pairs[name][1] for name in whole}
     else:
         before, after = (torch._foreach_mul([pairs[name][side] for name in whole],

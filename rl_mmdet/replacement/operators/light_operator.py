@@ -66,4 +66,9 @@ def misfit_of_convolutions(block: nn.Module) -> str | None:
 
 def unit_length(weight: Tensor) -> Tensor:
     """Each output channel's part brought to length 1; zeros stay zeros, in half precision, too."""
-    return F.normalize(weight.flatten(1), dim=1, eps=torch.finfo(weight.dtype).tiny).view_as(weight)
+    return F.normalize(weight.flatten(1), dim=1, eps=tiny_of(weight)).view_as(weight)
+
+
+def tiny_of(weight: Tensor) -> float:
+    """The smallest normal number of a tensor's type: the shortest length that a weight is divided by."""
+    return torch.finfo(weight.dtype).tiny

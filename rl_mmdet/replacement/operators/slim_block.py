@@ -1,6 +1,7 @@
 """RL-v2: a thin copy of the block."""
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..block_structure import branch, mlp, same_padding
 from ..checks import check_number
 from ..registry import OPERATORS
 from ..resize import Shape
-from .light_operator import LightOperator, misfit_of_convolutions, unit_length
+from .light_operator import LightOperator, misfit_of_convolutions, tiny_of, unit_length
 
 
 @OPERATORS.register_module()
@@ -75,13 +76,9 @@ class SlimBlock(LightOperator):
 
     def weights(self, template: nn.Module, tensors: dict[str, Tensor],
                 parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        made = dict(zip(template.slots, tensors.values(), strict=True))
-        if template.unit_length:
-            made = {slot: unit_length(tensor) * (1 if slot == template.slots[-1] else
-                    math.sqrt(2)) for slot, tensor in made.items()}
-        last = made[template.slots[-1]]
-        made[template.slots[-1]] = parameters['scale'].view(-1, *[1] * (last.ndim - 1)) * last
-        return made
+        *hidden, last = with_lengths(tensors.values(), math.sqrt(2)) if template.unit_length else tensors.values()
+        scaled = parameters['scale'].view(-1, *[1] * (last.ndim - 1)) * last
+        return dict(zip(template.slots, [*hidden, scaled], strict=True))
 
     def channels(self, block: nn.Module) -> int:
         found = mlp(block)
@@ -148,3 +145,15 @@ class SlimMlp(nn.Module):
 def _part(channels: int, width: float, unit: int = 1) -> int:
     """About ``width`` of ``channels``, a multiple of ``unit``, at least one of these."""
     return min(channels, max(1, round(channels * width / unit)) * unit)
+
+
+def with_lengths(weights: Iterable[Tensor], hidden: float) -> list[Tensor]:
+    """Weights with each output channel's part brought to length ``hidden``, and to 1 in the last of them."""
+    weights = list(weights)
+    if torch.is_grad_enabled():
+        return [unit_length(weight) * hidden for weight in weights[:-1]] + [unit_length(weights[-1])]
+    norms = [torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True) for weight in weights]
+    torch._foreach_clamp_min_(norms, tiny_of(weights[0]))
+    weights = torch._foreach_div(weights, norms)
+    torch._foreach_mul_(weights[:-1], hidden)
+    return weights

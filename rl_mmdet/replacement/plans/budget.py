@@ -126,7 +126,7 @@ def _instead_of_full_block(chains: Mapping[str, Chain]) -> str:
     """Which operators save forward computation in the place of the chains' blocks."""
     blocks = [block for chain in chains.values() if not chain.frozen for block in chain.blocks]
     fitting = [name for name, cls in OPERATORS.module_dict.items()
-               if cls.light and any(cls().why_not(block) is None for block in blocks)]
+               if cls.light and cls.repeatable and any(cls().why_not(block) is None for block in blocks)]
     return ('FullBlock computes all that the removed block did, so it saves no forward computation; '
             + (f'an operator that does, and fits: {", ".join(fitting)}' if fitting else
                'no light operator fits the blocks of this model'))

@@ -58,10 +58,10 @@ def count_of(p: float, candidates: Mapping[str, Sequence[int]]) -> int:
 def _shares(count: int, candidates: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """``count`` blocks in proportion to the chains' candidates, by largest remainders; of equal ones the first."""
     total = max(1, sum(map(len, candidates.values())))
-    parts = {name: divmod(min(count, total) * len(indices), total) for name, indices in candidates.items()}
-    shares = {name: whole for name, (whole, _) in parts.items()}
-    left = sum(remainder for _, remainder in parts.values()) // total
-    for name in sorted(parts, key=lambda name: -parts[name][1])[:left]:
+    divided = {name: divmod(min(count, total) * len(indices), total) for name, indices in candidates.items()}
+    shares = {name: whole for name, (whole, _) in divided.items()}
+    left = sum(remainder for _, remainder in divided.values()) // total
+    for name in sorted(divided, key=lambda name: -divided[name][1])[:left]:
         shares[name] += 1
     return shares
 

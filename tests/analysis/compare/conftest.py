@@ -4,6 +4,7 @@ import textwrap
 import pytest
 
 from rl_mmdet.analysis.compare import Tools, plan_comparison
+from rl_mmdet.analysis.compare.runs import train_all
 
 TRAIN = """
     import os, sys, time
@@ -30,6 +31,8 @@ TEST = """
         found = found[1 + 2 * ('seed_1' in prefix):]
     json.dump([] if 'twin' in prefix else found, open(prefix + '.bbox.json', 'w'))
 """
+SKIP = {'model.backbone.type': 'RLResNet', 'model.backbone.replacement.plan.type': 'EveryKth',
+        'model.backbone.replacement.plan.k': 2, 'model.backbone.replacement.operator.type': 'Skip'}
 
 
 @pytest.fixture(scope='session')
@@ -52,3 +55,13 @@ def tools(write_tools, tmp_path, monkeypatch):
 def comparison(tiny_config, tmp_path):
     configs = [f'base={tiny_config("atss_r34_fpn_digits.py")}', f'twin={tiny_config()}']
     return plan_comparison(tmp_path / 'work', configs, seeds=2)
+
+
+@pytest.fixture(scope='session')
+def finished(write_tiny_config, write_tools, tmp_path_factory):
+    """A comparison to be read only, and what was said: one variant finds nothing and fails once, one finds a part."""
+    folder, said = tmp_path_factory.mktemp('comparison'), []
+    configs = [f'base={write_tiny_config(folder, "atss_r34_fpn_digits.py")}', f'twin={write_tiny_config(folder)}']
+    comparison = plan_comparison(folder / 'work', configs, {'worse': SKIP}, seeds=2, command='typed')
+    train_all(comparison, write_tools(folder), said.append)
+    return comparison, said

@@ -1,101 +1,85 @@
 """What a report is made of, read from the folder of a comparison."""
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 
-from rl_mmdet.analysis.compare import collect, contents, in_short, plan_comparison, train_all
-from rl_mmdet.analysis.compare.bootstrap import paired_interval, resampled_precision
-from rl_mmdet.analysis.compare.differences import Spread, difference, welch_interval
-from rl_mmdet.analysis.compare.in_short import side, signed
+from rl_mmdet.analysis.compare import collect
+from rl_mmdet.analysis.compare.bootstrap import Interval
+from rl_mmdet.analysis.compare.differences import difference, spread, welch_interval
+from rl_mmdet.analysis.compare.in_short import in_short, side, signed
 from rl_mmdet.analysis.compare.runs import matches_of, scores_of
 from rl_mmdet.analysis.compare.training_log import read_training_log
-
-SKIP = {'model.backbone.type': 'RLResNet', 'model.backbone.replacement.plan.type': 'EveryKth',
-        'model.backbone.replacement.plan.k': 2, 'model.backbone.replacement.operator.type': 'Skip'}
+from rl_mmdet.engine import UserError
 
 
 @pytest.fixture(scope='module')
-def finished(write_tiny_config, write_tools, tmp_path_factory):
-    """Three variants with two seeds: one finds everything, one nothing and fails once, one finds a part."""
-    folder = tmp_path_factory.mktemp('comparison')
-    configs = [f'base={write_tiny_config(folder, "atss_r34_fpn_digits.py")}', f'twin={write_tiny_config(folder)}']
-    comparison = plan_comparison(folder / 'work', configs, {'worse': SKIP}, seeds=2)
-    train_all(comparison, write_tools(folder), str)
-    return comparison
+def collected(finished):
+    return collect(finished[0])
 
 
-def test_collect_averages_over_the_finished_runs(finished):
-    found = collect(finished)
-    base, twin, worse = found.variants
-    aps = [scores_of(run)['bbox'].ap for run in finished.runs() if run.variant == 'worse']
-    assert worse.scores['bbox']['ap'].values == aps
-    assert worse.scores['bbox']['ap'].mean == pytest.approx(sum(aps) / 2)
-    assert worse.scores['bbox']['ap'].deviation == pytest.approx(statistics.stdev(aps))
-    assert worse.difference['bbox'].mean == pytest.approx(sum(aps) / 2 - 1)
-    assert base.difference == {}
-    assert len(twin.scores['bbox']['ap'].values) == 1
-    assert twin.difference['bbox'].images is None
-    assert base.scores['bbox']['ap_large'] is None
-    assert list(worse.per_class['bbox']) == finished.classes
-
-
-def test_collect_resamples_each_run_once_where_two_seeds_are_finished(finished, monkeypatch):
-    resampled = []
-    monkeypatch.setattr(contents, 'resampled_precision', lambda matches: resampled.append(matches) or
-                        resampled_precision(matches, resamples=10))
-    monkeypatch.setattr(finished, 'variants', [*finished.variants, finished.variants[-1]])
-    *_, twin, worse, again = collect(finished).variants
-    assert len(resampled) == 4  # the baseline's two and those of 'worse'
-    assert twin.difference['bbox'].images is None
-    assert worse.difference == again.difference
-
-
-def test_collect_says_what_failed_and_why(finished):
-    states = {(run.variant, run.seed): run for run in collect(finished).runs}
-    assert states['twin', 1].status == 'failed'
-    assert 'out of luck' in states['twin', 1].error
-    assert states['base', 1].status == 'finished'
-    assert states['base', 1].checkpoint == 'epoch_1.pth'
-    assert states['base', 1].folder == 'runs/base/seed_1'
-
-
-def test_in_short_names_one_seed_and_a_difference_that_is_sure(finished):
-    twin, worse = in_short(collect(finished))
-    assert twin.startswith('twin: ')
-    assert 'AP (-1.000, but one seed only: no interval)' in twin
-    assert worse.startswith('worse: ')
-    assert 'AP (' in worse
-
-
-def test_report_json_is_plain_json(finished, tmp_path):
-    collect(finished).save(tmp_path / 'report.json')
+def test_collect_averages_over_the_finished_runs_and_says_what_failed(finished, collected, tmp_path):
+    comparison, _ = finished
+    base, twin, worse = collected.variants
+    aps = [scores_of(run)['bbox'].ap for run in comparison.runs() if run.variant == 'worse']
+    assert worse.scores['bbox']['ap'] == spread(aps)
+    assert worse.difference['bbox'].mean == pytest.approx(statistics.fmean(aps) - 1)
+    assert worse.difference['bbox'].images.resamples == 1000
+    assert base.difference == {} and base.scores['bbox']['ap_large'] is None
+    assert twin.scores['bbox']['ap'].values == [0] and twin.difference['bbox'].images is None
+    assert list(worse.per_class['bbox']) == comparison.classes
+    states = {(run.variant, run.seed): run for run in collected.runs}
+    assert states['twin', 1].status == 'failed' and 'out of luck' in states['twin', 1].error
+    done = states['base', 1]
+    assert (done.status, done.checkpoint, done.folder) == ('finished', 'epoch_1.pth', 'runs/base/seed_1')
+    collected.save(tmp_path / 'report.json')
     saved = json.loads((tmp_path / 'report.json').read_text())
     assert saved['format'] == 'rl_mmdet.report/1'
     assert saved['variants'][2]['options']['model.backbone.replacement.plan.k'] == 2
 
 
-def test_verdict_needs_both_intervals(finished):
-    base, twin = ([resampled_precision(matches_of(run, 'bbox')) for run in finished.runs()
-                   if run.variant == name and run.seed == 0] for name in ('base', 'twin'))
-    images = paired_interval(base, twin)
-    sure = difference(Spread(1., .001, [1., 1.]), Spread(.5, .001, [.5, .5]), images)
-    open_ = difference(Spread(1., .4, [1., 1.]), Spread(.5, .4, [.5, .5]), images)
-    assert sure.images.high < 0
-    assert (sure.verdict, open_.verdict) == ('worse', 'open')
-    assert open_.low < sure.images.low < open_.high
-    assert open_.widest == (open_.low, open_.high)
+def test_collect_refuses_runs_that_were_scored_on_other_annotations(finished):
+    comparison, _ = finished
+    run = comparison.runs()[-1]
+    path, matches = run.folder / 'matches_bbox.npz', matches_of(run, 'bbox')
+    before = path.read_bytes()
+    replace(matches, objects=matches.objects[:, ::-1]).save(path)
+    try:
+        with pytest.raises(UserError, match='worse, seed 1: it was scored on other annotations than base, seed 0'):
+            collect(comparison)
+    finally:
+        path.write_bytes(before)
+
+
+def test_in_short_names_one_seed_and_a_difference_with_its_bounds(collected):
+    twin, worse = in_short(collected)
+    assert twin.startswith('twin: ') and 'AP (-1.000, but one seed only: no interval)' in twin
+    low, high = collected.variants[2].difference['bbox'].widest
+    assert f', between {signed(low)} and {signed(high)})' in worse
+
+
+def test_verdict_needs_both_intervals():
+    images = Interval(-.5, -.55, -.45, .95, 1000)
+    sure = difference(spread([1., 1.001]), spread([.5, .501]), images)
+    unsure = difference(spread([1.3, .7]), spread([.8, .2]), images)
+    better = difference(spread([.5, .501]), spread([1., 1.001]), Interval(.5, .45, .55, .95, 1000))
+    assert (sure.verdict, unsure.verdict, better.verdict) == ('worse', 'open', 'better')
+    assert sure.widest == (images.low, images.high)
+    assert unsure.widest == (unsure.low, unsure.high)
 
 
 def test_welch_interval_has_the_textbook_value():
-    low, high = welch_interval(Spread(10., 2., [0.] * 4), Spread(13., 3., [0.] * 5))
-    error = (2 ** 2 / 4 + 3 ** 2 / 5) ** .5
+    reference, other = [8., 9., 11., 12.], [9., 12., 13., 15., 16.]
+    low, high = welch_interval(reference, other)
+    error = (statistics.variance(reference) / 4 + statistics.variance(other) / 5) ** .5
     assert (low + high) / 2 == pytest.approx(3)
     assert (high - low) / 2 / error == pytest.approx(2.3746, abs=1e-4)  # t with 6.857 degrees of freedom
 
 
+@pytest.mark.filterwarnings('error')
 def test_welch_interval_of_equal_values_is_the_difference():
-    assert welch_interval(Spread(1., 0., [1., 1.]), Spread(1.5, 0., [1.5, 1.5])) == (.5, .5)
+    assert welch_interval([1., 1.], [1.5, 1.5]) == (.5, .5)
 
 
 @pytest.mark.parametrize(('ratios', 'verdict'), [
@@ -116,7 +100,9 @@ def lines(folder, *rows):
     path.write_text('\n'.join(row if isinstance(row, str) else json.dumps(row) for row in rows))
 
 
-def test_training_log_joins_the_parts_of_a_resumed_training(tmp_path):
+def test_training_log_joins_the_files_of_a_resumed_training(tmp_path):
+    log = read_training_log(tmp_path)
+    assert (log.loss, log.ap, log.coefficients, log.data_share, log.peak_gpu_bytes) == ([], {}, {}, None, None)
     train = dict(data_time=.1, time=.4, epoch=1)
     lines(tmp_path / '20260101_000000', dict(train, loss=3., step=10), dict(train, loss=2., step=20),
           {'coco/bbox_mAP': .25, 'step': 1}, dict(train, loss=1.5, step=30, epoch=2),
@@ -129,8 +115,3 @@ def test_training_log_joins_the_parts_of_a_resumed_training(tmp_path):
     assert log.coefficients == {'backbone.layer1.1': [(0, .5, .4)]}
     assert log.data_share == pytest.approx(.25)
     assert log.peak_gpu_bytes == 200 * 2**20
-
-
-def test_training_log_of_an_empty_folder_is_empty(tmp_path):
-    log = read_training_log(tmp_path)
-    assert (log.loss, log.ap, log.coefficients, log.data_share, log.peak_gpu_bytes) == ([], {}, {}, None, None)

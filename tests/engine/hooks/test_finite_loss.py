@@ -9,23 +9,21 @@ from rl_mmdet.engine import FiniteLossHook, NonFiniteLossError
 RUNNER = SimpleNamespace(iter=41)
 
 
-@pytest.mark.parametrize('bad', [float('nan'), float('inf'), torch.tensor(float('nan')), torch.tensor([-float('inf')])])
+@pytest.mark.parametrize('bad', [float('nan'), torch.tensor(float('inf')), torch.tensor([-float('inf')])])
 def test_non_finite_loss_is_named_with_its_iteration(bad):
     with pytest.raises(NonFiniteLossError, match='iteration 42: loss_bbox='):
         FiniteLossHook().after_train_iter(RUNNER, 0, outputs=dict(loss_cls=torch.tensor(1.), loss_bbox=bad))
 
 
-@pytest.mark.parametrize('outputs', [None, {}, dict(loss=torch.tensor(1., requires_grad=True), num=3,
-                                                    maps=torch.tensor([1., float('nan')]))])
-def test_finite_losses_pass(outputs):
-    FiniteLossHook().after_train_iter(RUNNER, 0, outputs=outputs)
+def test_finite_losses_pass():
+    outputs = dict(loss=torch.tensor(1., requires_grad=True), num=3, maps=torch.tensor([1., float('nan')]))
+    for each in (None, {}, outputs):
+        FiniteLossHook().after_train_iter(RUNNER, 0, outputs=each)
 
 
-def test_non_finite_weights_are_not_saved():
-    state = dict(good=torch.ones(2), count=torch.tensor(3), bad=torch.tensor([1., float('nan')]))
+def test_only_finite_weights_are_saved():
+    state = dict(good=torch.ones(2), count=torch.tensor(3))
+    FiniteLossHook().before_save_checkpoint(RUNNER, dict(state_dict=state))
+    state['bad'] = torch.tensor([1., float('nan')])
     with pytest.raises(NonFiniteLossError, match='the weights bad'):
         FiniteLossHook().before_save_checkpoint(RUNNER, dict(state_dict=state))
-
-
-def test_finite_weights_are_saved():
-    FiniteLossHook().before_save_checkpoint(RUNNER, dict(state_dict=dict(good=torch.ones(2), count=torch.tensor(3))))

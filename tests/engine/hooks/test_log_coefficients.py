@@ -1,23 +1,20 @@
 """The coefficients of replaced blocks are in the log: at the start, every so often, and at the end."""
 import json
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
-from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from rl_mmdet.engine import LogCoefficientsHook, load_config
-from rl_mmdet.engine.config import add_rl_defaults_
+from rl_mmdet.engine import LogCoefficientsHook
 from rl_mmdet.replacement import replace_blocks_
 
-REPLACED = ('backbone.layer1.1', 'backbone.layer2.1', 'backbone.layer2.3')
-KEYS = {f'replacement/{name}/{letter}' for name in REPLACED for letter in 'ab'}
+BLOCKS = ('backbone.layer1.1', 'backbone.layer2.1', 'backbone.layer2.3')
+KEYS = {f'replacement/{name}/{letter}' for name in BLOCKS for letter in 'ab'}
 
 
 class Model(BaseModel):
@@ -33,119 +30,86 @@ class Model(BaseModel):
 
 @pytest.fixture
 def model(toy_net) -> Callable[..., Model]:
-    """A replaced ToyNet, or the baseline with ``plan=None``."""
-    def build(plan: str | None = 'EveryKth', **settings) -> Model:
+    """A replaced ToyNet."""
+    def build(**settings) -> Model:
         backbone = toy_net()
-        if plan is not None:
-            replace_blocks_(backbone, dict(plan=dict(type=plan, k=2), **settings))
+        replace_blocks_(backbone, dict(plan=dict(type='EveryKth', k=2), **settings))
         return Model(backbone)
     return build
 
 
-@pytest.fixture
-def log(tmp_path) -> Callable[..., list[dict]]:
-    """The lines that a training of so many iterations writes, by the hook alone."""
-    def train(model: nn.Module, iters: int = 7, interval: int = 3, start: int = 0) -> list[dict]:
-        backend = dict(type='LocalVisBackend')
-        visualizer = Visualizer(name=f'test_{tmp_path.name}', vis_backends=[backend], save_dir=str(tmp_path))
-        runner = SimpleNamespace(model=model, iter=start, max_iters=iters, visualizer=visualizer)
-        hook = LogCoefficientsHook(interval)
-        hook.before_train(runner)
-        while runner.iter < iters:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if name.endswith('coeff'):
-                        parameter += 1
-            hook.after_train_iter(runner, runner.iter)
-            runner.iter += 1
-        return lines(tmp_path)
-    return train
+def log(model: nn.Module, iters: int = 7, start: int = 0) -> dict[int, dict]:
+    """What is written in iterations that add 1 to every coefficient, by step."""
+    written = {}
+    visualizer = SimpleNamespace(add_scalars=lambda scalars, step: written.setdefault(step, scalars))
+    runner = SimpleNamespace(model=model, iter=start, max_iters=iters, visualizer=visualizer)
+    hook = LogCoefficientsHook(interval=3)
+    hook.before_train(runner)
+    while runner.iter < iters:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith('coeff'):
+                    parameter += 1
+        hook.after_train_iter(runner, runner.iter)
+        runner.iter += 1
+    return written
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for path in folder.glob('**/scalars.json') for line in path.read_text().splitlines()]
-
-
-def steps(written: list[dict]) -> list[int]:
-    return [line['step'] for line in written]
-
-
-def test_start_every_interval_and_end_are_written(model, log):
-    assert steps(log(model())) == [0, 3, 6, 7]
-
-
-def test_an_end_on_the_interval_is_written_once(model, log):
-    assert steps(log(model(), iters=6)) == [0, 3, 6]
-
-
-def test_a_resumed_training_does_not_write_the_start_again(model, log):
-    assert steps(log(model(), start=4)) == [6, 7]
-
-
-def test_values_are_the_layers_after_each_step(model, log):
+@pytest.mark.parametrize(('start', 'iters', 'steps'), [(0, 7, [0, 3, 6, 7]), (0, 6, [0, 3, 6]), (4, 7, [6, 7])],
+                         ids=['whole', 'end on the interval', 'resumed'])
+def test_start_every_interval_and_end_are_written_with_the_values_of_then(model, start, iters, steps):
     net = model()
     with torch.no_grad():
         net.backbone.layer2[1].coeff.copy_(torch.tensor([0.25, -2]))
-    written = log(net, iters=2, interval=1)
-    assert [line['replacement/backbone.layer2.1/a'] for line in written] == [0.25, 1.25, 2.25]
-    assert [line['replacement/backbone.layer2.1/b'] for line in written] == [-2, -1, 0]
-    assert written[0]['replacement/backbone.layer2.3/a'] == 0.5
-
-
-def test_a_line_has_both_numbers_of_all_replaced_blocks(model, log):
-    assert log(model())[0].keys() == KEYS | {'step'}
+    written = log(net, iters, start)
+    assert list(written) == steps
+    assert all(scalars.keys() == KEYS for scalars in written.values())
+    found = [(scalars['replacement/backbone.layer2.1/a'], scalars['replacement/backbone.layer2.1/b'])
+             for scalars in written.values()]
+    assert found == [(0.25 + step - start, -2 + step - start) for step in steps]
 
 
 @pytest.mark.parametrize('fusion', ['ChannelFusion', 'TransformFusion'])
-def test_of_more_pairs_the_mean_is_written(model, log, fusion):
+def test_of_more_pairs_the_mean_is_written(model, fusion):
     net = model(fusion=dict(type=fusion))
     coeff = net.backbone.layer2[1].coeff
     assert coeff.shape[1] > 1
-    torch.nn.init.normal_(coeff)
+    nn.init.normal_(coeff)
     expected = coeff.detach().mean(1).tolist()
-    line = log(net)[0]
-    assert [line[f'replacement/backbone.layer2.1/{letter}'] for letter in 'ab'] == pytest.approx(expected)
+    first = log(net)[0]
+    assert [first[f'replacement/backbone.layer2.1/{letter}'] for letter in 'ab'] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize('settings', [
-    dict(plan=None), dict(fusion=dict(type='SharedWeights')), dict(fusion=dict(type='OwnWeights')),
-    dict(operator=dict(type='Skip'))], ids=['baseline', 'shared', 'own', 'skip'])
-def test_a_model_without_coefficients_writes_nothing(model, log, settings):
-    assert log(model(**settings)) == []
+def test_models_without_coefficients_write_nothing(model, toy_net):
+    assert log(Model(toy_net())) == {}
+    for settings in (dict(fusion=dict(type='SharedWeights')), dict(fusion=dict(type='OwnWeights')),
+                     dict(operator=dict(type='Skip'))):
+        assert log(model(**settings)) == {}
 
 
 def test_names_have_no_prefix_of_a_wrapper(model, monkeypatch):
     """As DDP wraps the model, but without processes."""
-    written = []
     monkeypatch.setattr(MMDistributedDataParallel, '__init__', lambda self: nn.Module.__init__(self))
     wrapper = MMDistributedDataParallel()
     wrapper.module = model()
-    visualizer = SimpleNamespace(add_scalars=lambda scalars, step: written.append(scalars))
-    LogCoefficientsHook().before_train(SimpleNamespace(model=wrapper, iter=0, visualizer=visualizer))
-    assert written[0].keys() == KEYS
+    assert log(wrapper)[0].keys() == KEYS
 
 
-@pytest.mark.parametrize('interval', [0, -1, 1.5, '3', True, None])
+@pytest.mark.parametrize('interval', [0, 1.5, True, None])
 def test_wrong_interval_is_refused(interval):
     with pytest.raises(ValueError, match='LogCoefficientsHook: interval must be an integer of at least 1, got'):
         LogCoefficientsHook(interval)
 
 
-@pytest.mark.parametrize('by_epoch', [True, False])
-def test_in_a_training_by_mmengine_the_last_line_has_the_trained_values(model, tmp_path, by_epoch):
+def test_in_a_training_by_mmengine_the_last_line_has_the_trained_values(model, tmp_path):
     net, images = model(), [dict(inputs=image) for image in torch.randn(10, 3, 8, 8)]
     runner = Runner(net, str(tmp_path), default_scope='mmdet', train_dataloader=DataLoader(images, batch_size=2),
-                    train_cfg=dict(by_epoch=True, max_epochs=1) if by_epoch else dict(by_epoch=False, max_iters=5),
+                    train_cfg=dict(by_epoch=True, max_epochs=1), default_hooks=dict(checkpoint=None),
                     optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)), experiment_name=tmp_path.name,
-                    default_hooks=dict(checkpoint=None), custom_hooks=[LogCoefficientsHook(interval=2)])
+                    custom_hooks=[LogCoefficientsHook(interval=2)])
     runner.train()
-    written = [line for line in lines(tmp_path) if line.keys() >= KEYS]
-    assert steps(written) == [0, 2, 4, 5]
-    found = [written[-1][f'replacement/backbone.layer2.3/{letter}'] for letter in 'ab']
-    assert found == net.backbone.layer2[3].coeff.tolist() != [0.5, 0.5]
-
-
-def test_the_tools_add_it_to_a_config_with_a_replacement_only(tiny_config):
-    added = [[hook['type'] for hook in add_rl_defaults_(load_config(tiny_config(name))).custom_hooks]
-             for name in ('atss_rl-r34-k2_fpn_digits.py', 'atss_r34_fpn_digits.py')]
-    assert ['LogCoefficientsHook' in hooks for hooks in added] == [True, False]
+    lines = [json.loads(line) for path in tmp_path.glob('**/scalars.json') for line in path.read_text().splitlines()]
+    written = [line for line in lines if line.keys() >= KEYS]
+    assert [line['step'] for line in written] == [0, 2, 4, 5]
+    values = [written[-1][f'replacement/backbone.layer2.3/{letter}'] for letter in 'ab']
+    assert values == net.backbone.layer2[3].coeff.tolist() != [0.5, 0.5]

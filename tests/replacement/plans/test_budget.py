@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rl_mmdet.replacement import find_chains, replace_blocks_
 from rl_mmdet.replacement.plans import Blocks, Budget
-from rl_mmdet.replacement.plans.trial import forward_flops, replaced_twin
 
 SMALL = dict(image_size=(16, 16))
 ORDER = [('layer2', 2), ('layer2', 3), ('layer1', 1), ('layer2', 1), ('layer2', 4)]
@@ -32,7 +31,7 @@ def first(count):
     return chosen
 
 
-@pytest.mark.parametrize('count', range(1, 6))
+@pytest.mark.parametrize('count', (1, 3, 5))
 def test_params_replaces_as_few_blocks_as_reach_the_number(toy_net, count):
     net = toy_net()
     replace_blocks_(net, dict(plan=Blocks(first(count))))
@@ -42,49 +41,27 @@ def test_params_replaces_as_few_blocks_as_reach_the_number(toy_net, count):
         assert replace_blocks_(toy_net(), dict(plan=Budget(params=target - 1))).replaced == first(count + 1)
 
 
-@pytest.mark.parametrize('part', [0.9, 0.7, 0.5])
-def test_params_float_is_a_part_of_the_unreplaced_model(toy_net, part):
-    net = toy_net()
-    replace_blocks_(net, dict(plan=dict(type='Budget', params=part)))
-    assert learnable(net) <= part * learnable(toy_net())
-
-
-def test_params_frozen_ones_do_not_count(toy_net):
+def test_params_may_be_a_part_of_the_unreplaced_models_that_learn(toy_net):
     net = toy_net()
     net.layer1.requires_grad_(False)
-    target = learnable(net) - 1
+    target = 1 - 1e-6
     assert replace_blocks_(net, dict(plan=Budget(params=target))).replaced == {'layer2': [2]}
 
 
 def test_params_include_what_fusion_and_operator_learn(toy_net):
-    parts = dict(fusion=dict(type='ChannelFusion'), operator=dict(type='SlimBlock'))
+    settings = dict(fusion=dict(type='ChannelFusion'), operator=dict(type='SlimBlock'))
     net = toy_net()
-    replace_blocks_(net, dict(parts, plan=Blocks(first(3))))
+    replace_blocks_(net, dict(settings, plan=Blocks(first(3))))
     target = learnable(net)
-    assert replace_blocks_(toy_net(), dict(parts, plan=Budget(params=target))).replaced == first(3)
-    assert replace_blocks_(toy_net(), dict(parts, plan=Budget(params=target - 1))).replaced == first(4)
+    assert replace_blocks_(toy_net(), dict(settings, plan=Budget(params=target))).replaced == first(3)
+    assert replace_blocks_(toy_net(), dict(settings, plan=Budget(params=target - 1))).replaced == first(4)
 
 
-@pytest.mark.parametrize('operator', ['PooledBlock', 'SlimBlock'])
-def test_flops_replaces_as_few_blocks_as_reach_the_number(toy_net, operator):
-    net = toy_net()
-    replace_blocks_(net, dict(plan=Blocks(first(3)), operator=dict(type=operator)))
+def test_flops_replaces_as_few_blocks_as_reach_the_number(toy_net):
+    net, operator = toy_net(), dict(type='SlimBlock')
+    replace_blocks_(net, dict(plan=Blocks(first(3)), operator=operator))
     plan = Budget(flops=flops(net), **SMALL)
-    assert replace_blocks_(toy_net(), dict(plan=plan, operator=dict(type=operator))).replaced == first(3)
-
-
-def test_flops_count_attention_on_a_cpu():
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, image):
-            tokens = self.scale * image.flatten(2)[:, :, :, None].expand(1, 3, -1, 8).contiguous()
-            return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
-
-    positions, channels, heads = 256, 8, 3
-    assert forward_flops(Attention(), (16, 16)) == 2 * 2 * positions ** 2 * channels * heads
+    assert replace_blocks_(toy_net(), dict(plan=plan, operator=operator)).replaced == first(3)
 
 
 def test_blocks_that_would_make_the_choice_invalid_are_passed_over(toy_net):
@@ -100,20 +77,13 @@ def test_measuring_leaves_model_and_random_numbers_alone(toy_net, snapshot, asse
     net = toy_net().train()
     net.layer2[0].eval()
     before, random = snapshot(net), torch.get_rng_state()
-    plan = Budget(flops=0.7, **SMALL)
-    plan.choose(find_chains(net, operator=None), net, dict(operator=dict(type='PooledBlock')))
+    Budget(params=0.7).choose(find_chains(net), net)
+    with pytest.raises(ValueError, match="can't be reached"):
+        Budget(flops=0.7, **SMALL).choose(find_chains(net), net)
     after = snapshot(net)
     assert (after[0], after[2], after[3]) == (before[0], before[2], before[3])
     assert_same_state(after[1], before[1])
     assert torch.equal(torch.get_rng_state(), random)
-
-
-def test_twin_has_the_models_own_parameters_and_its_own_buffers(toy_net):
-    net = toy_net()
-    twin = replaced_twin(net, {'layer2': [1]}, {})
-    assert twin.layer2[0].conv1.weight is net.layer2[0].conv1.weight
-    assert twin.layer2[1].norm1.running_mean is not net.layer2[1].norm1.running_mean
-    assert net.layer2[1].conv1.weight is not None
 
 
 def test_cost_before_and_after_is_logged(toy_net, caplog):
@@ -121,35 +91,23 @@ def test_cost_before_and_after_is_logged(toy_net, caplog):
     before = learnable(net)
     with caplog.at_level(logging.INFO, 'rl_mmdet'):
         replace_blocks_(net, dict(plan=Budget(params=0.9)))
+    assert learnable(net) <= 0.9 * before
     assert f'Budget: params=0.9: {learnable(net):,} learnable parameters' in caplog.text
     assert f'{before:,} with none' in caplog.text
 
 
-def test_repr_has_the_settings():
-    assert repr(Budget(params=0.5)) == 'Budget(params=0.5)'
-    assert repr(Budget(flops=10 ** 9)) == 'Budget(flops=1000000000, image_size=(256, 256))'
-
-
-@pytest.mark.parametrize(('arguments', 'said'), [
-    ({}, 'neither'),
-    (dict(params=0.5, flops=0.5), 'both'),
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ({}, 'give either params or flops, got neither'),
+    (dict(params=0.5, flops=0.5), 'give either params or flops, got both'),
+    *((dict(params=wrong), r'params must be a float above 0 and below 1 .*, got ')
+      for wrong in (0.0, 1.0, 2e9, 1, True)),
+    (dict(flops='0.5'), r"flops must be a float above 0 and below 1 .*, got '0.5'"),
+    *((dict(flops=0.5, image_size=wrong), r'image_size must be \(height, width\) in pixels')
+      for wrong in (256, (256,), (0, 256), (256.0, 256), 'ab', (True, 8))),
 ])
-def test_not_exactly_one_budget_raises(arguments, said):
-    with pytest.raises(ValueError, match=f'Budget: give either params or flops, got {said}'):
+def test_wrong_arguments_raise(arguments, message):
+    with pytest.raises(ValueError, match=f'Budget: {message}'):
         Budget(**arguments)
-
-
-@pytest.mark.parametrize('unit', ['params', 'flops'])
-@pytest.mark.parametrize('value', [0.0, 1.0, 1.5, 2e9, -0.5, 0, 1, -7, True, '0.5', float('nan')])
-def test_budget_out_of_range_raises(unit, value):
-    with pytest.raises(ValueError, match=rf'Budget: {unit} must be a float above 0 and below 1 .*, got '):
-        Budget(**{unit: value})
-
-
-@pytest.mark.parametrize('size', [None, 256, (256,), (1, 2, 3), (0, 256), (256.0, 256), 'ab', (True, 8)])
-def test_wrong_image_size_raises(size):
-    with pytest.raises(ValueError, match=r'Budget: image_size must be \(height, width\) in pixels'):
-        Budget(flops=0.5, image_size=size)
 
 
 def test_already_met_raises(toy_net):
@@ -170,25 +128,14 @@ def test_params_out_of_reach_says_what_all_candidates_give(toy_net, snapshot, as
 
 def test_flops_with_full_block_names_operators_that_save_some(toy_net):
     match = (r'the lowest is .* \(1.000 of .*FullBlock .* saves no forward computation.*'
-             r'fits: DepthwiseBlock, SlimBlock, PooledBlock')
+             r'fits: DepthwiseBlock, SlimBlock$')
     with pytest.raises(ValueError, match=match):
         replace_blocks_(toy_net(), dict(plan=Budget(flops=0.7, **SMALL)))
-
-
-def test_flops_image_the_model_can_not_take_raises(toy_net):
-    net = nn.Sequential(nn.Flatten(), toy_net())
-    with pytest.raises(ValueError, match=r"Sequential can't run on a 1x3x16x16 image.*set another image_size"):
-        replace_blocks_(net, dict(plan=Budget(flops=0.7, **SMALL), operator=dict(type='PooledBlock')))
 
 
 def test_fusion_that_fits_no_block_names_the_fusion(toy_net):
     with pytest.raises(ValueError, match=r'^replacement.fusion: layer1.1: TransformFusion: rank=9'):
         replace_blocks_(toy_net(), dict(plan=Budget(params=0.9), fusion=dict(type='TransformFusion', rank=9)))
-
-
-def test_nothing_to_replace_raises(toy_net):
-    with pytest.raises(ValueError, match=r'Budget\(params=0.5\) replaces no block of this model'):
-        replace_blocks_(toy_net().requires_grad_(False), dict(plan=Budget(params=0.5)))
 
 
 def test_without_a_model_raises(toy_net):

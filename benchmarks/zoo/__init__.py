@@ -1,0 +1,1 @@
+"""MMDetection's model zoo, tried out: which of its configs run with replaced backbones."""

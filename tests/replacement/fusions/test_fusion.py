@@ -1,0 +1,74 @@
+"""What all fusions share: where they start, that gradients are right, and what is refused."""
+import pytest
+import torch
+
+from rl_mmdet.replacement.fusions import ChannelFusion, ScalarFusion, TransformFusion
+
+every_fusion = pytest.mark.parametrize('fusion', [ScalarFusion, ChannelFusion, TransformFusion])
+
+
+@every_fusion
+@pytest.mark.parametrize(('more', 'factor'), [({}, 0.5), (dict(init=-1.5), -1.5)])
+def test_start_is_the_average_of_the_neighbours_times_two_init(pairs_of, start_of, mixed, fusion, more, factor):
+    fusion, pairs = fusion(**more), pairs_of()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            made = fusion.fuse(start_of(fusion), pairs)
+        assert list(made) == list(pairs)
+        for name, expected in mixed([(factor, factor)] * 5, pairs).items():
+            torch.testing.assert_close(made[name], expected)
+
+
+@every_fusion
+def test_new_parameters_learn_and_have_the_dtype(shapes, fusion):
+    parameters = fusion().new_parameters(shapes, torch.device('cpu'), torch.bfloat16)
+    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in parameters.values())
+
+
+@every_fusion
+@pytest.mark.parametrize('one_sided', [True, False])
+def test_gradients_of_parameters_and_neighbours(pairs_of, start_of, fusion, one_sided):
+    fusion = fusion(**({'rank': 1} if fusion is TransformFusion else {}))
+    shapes = {'conv.weight': (2, 2, 3, 1), 'norm.weight': (2,), 'fc.weight': (3, 2), 'fc.bias': (3,), 'table': (4, 2)}
+    pairs, start = pairs_of(shapes, one_sided), start_of(fusion, shapes)
+    given = [torch.randn(value.shape, dtype=torch.float64) for value in start.values()]
+    places = [(name, side) for name in pairs for side in (0, 1) if pairs[name][side] is not None]
+    given += [pairs[name][side] for name, side in places]
+
+    def fused(*values):
+        of = dict(zip(places, values[len(start):], strict=True))
+        parameters = dict(zip(start, values, strict=False))
+        return tuple(fusion.fuse(parameters, {n: (of.get((n, 0)), of.get((n, 1))) for n in pairs}).values())
+
+    assert torch.autograd.gradcheck(fused, [value.requires_grad_() for value in given], fast_mode=True)
+
+
+@every_fusion
+def test_tensors_that_only_one_neighbour_has_are_made_without_gradient(pairs_of, start_of, fusion):
+    pairs = {name: pair for name, pair in pairs_of().items() if None in pair}
+    shapes = {name: tuple(next(side for side in pair if side is not None).shape) for name, pair in pairs.items()}
+    with torch.no_grad():
+        made = fusion().fuse(start_of(fusion(), shapes), pairs)
+    torch.testing.assert_close(made['fc.weight'], pairs['fc.weight'][0] / 2)
+
+
+@pytest.mark.parametrize('fusion', [ChannelFusion, TransformFusion])
+def test_fit_of_some_tensors_keeps_the_start_of_the_others(pairs_of, start_of, shapes, fusion):
+    fusion = fusion(init=0.3, pretrained='least_squares')
+    known = {name: pair for name, pair in pairs_of(one_sided=False).items() if name in ('norm.weight', 'table')}
+    fit = fusion.fit({name: 2 * before - after for name, (before, after) in known.items()}, known, shapes)
+    assert {n: p.shape for n, p in fit.parameters.items()} == {n: p.shape for n, p in start_of(fusion).items()}
+    columns = [4, 12, 13] if isinstance(fusion, ChannelFusion) else [1, 4]
+    for column in range(fit.parameters['coeff'].shape[1]):
+        expected = [2.0, -1.0] if column in columns else [0.3, 0.3]
+        assert fit.parameters['coeff'][:, column].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(('fusion', 'more', 'error', 'message'), [
+    (ScalarFusion, dict(adapt=1), TypeError, 'adapt must be True or False, got 1'),
+    (ChannelFusion, dict(init='a'), ValueError, "init must be a finite number, got 'a'"),
+    (TransformFusion, dict(pretrained='mean'), ValueError, "unknown pretrained='mean'; allowed: average, least_sq"),
+])
+def test_wrong_arguments_raise_with_the_fusions_name(fusion, more, error, message):
+    with pytest.raises(error, match=f'{fusion.__name__}: {message}'):
+        fusion(**more)
