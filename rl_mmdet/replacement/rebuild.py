@@ -89,7 +89,7 @@ def _instead_of(tensor: Tensor, maker: _Maker) -> Any:
     """The context in which autograd keeps ``maker`` in the place of ``tensor``."""
     alive, version = weakref.ref(tensor), tensor._version
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if outer and outer[0].__module__ == checkpoint.__module__:
+    if outer and getattr(outer[0], '__module__', '') == checkpoint.__module__:
         return nullcontext()  # an activation checkpoint keeps nothing anyway, and a maker would keep its own inputs
 
     def pack(saved: Tensor) -> Any:
