@@ -1,5 +1,7 @@
 """Fixtures for all tests: fixed seeds, a tiny plain-torch model with two chains, and randomised weights."""
 import random
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -144,6 +146,21 @@ def write_tiny_config() -> Callable[..., str]:
         path.write_text(TINY.format(base=str(CONFIGS / name), root=f'{folder}/digits/') + more)
         return str(path)
     return write
+
+
+@pytest.fixture
+def run_script(monkeypatch, tmp_path: Path, capsys) -> Callable[..., tuple]:
+    """Run a script in this process as a user does, in an empty folder; returns its exit status and what it wrote."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(path: Path, *arguments: object) -> tuple:
+        monkeypatch.setattr(sys, 'argv', [str(path), *map(str, arguments)])
+        try:
+            runpy.run_path(str(path), run_name='__main__')
+        except SystemExit as stop:
+            return stop.code or 0, capsys.readouterr()
+        return 0, capsys.readouterr()
+    return run
 
 
 @pytest.fixture

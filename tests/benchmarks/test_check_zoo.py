@@ -1,27 +1,16 @@
 """benchmarks/check_zoo.py as a user calls it."""
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-PROGRAM = str(Path(__file__).resolve().parents[2] / 'benchmarks' / 'check_zoo.py')
+PROGRAM = Path(__file__).resolve().parents[2] / 'benchmarks' / 'check_zoo.py'
 CHEAP = 'centernet/centernet_r18_*crop512*'
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run it in an empty folder; returns its exit status and what it wrote."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, 'argv', [PROGRAM, *arguments])
-        try:
-            runpy.run_path(PROGRAM, run_name='__main__')
-        except SystemExit as stop:
-            return stop.code or 0, capsys.readouterr()
-        return 0, capsys.readouterr()
-    return call
+def run(run_script):
+    return partial(run_script, PROGRAM)
 
 
 def test_writes_page_and_record_and_goes_on_from_the_record(run):

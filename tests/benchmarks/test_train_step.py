@@ -1,27 +1,19 @@
 """benchmarks/train_step.py as a user calls it, on a tiny detector."""
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
-PROGRAM = str(Path(__file__).resolve().parents[2] / 'benchmarks/train_step.py')
+PROGRAM = Path(__file__).resolve().parents[2] / 'benchmarks/train_step.py'
 TINY = 'faster-rcnn_r34_fpn_digits.py'
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run it in an empty folder; returns its exit status and what it wrote to stderr."""
-    monkeypatch.chdir(tmp_path)
-
+def run(run_script):
+    """Run it; returns its exit status and what it wrote to stderr."""
     def call(*arguments):
-        monkeypatch.setattr(sys, 'argv', [PROGRAM, *map(str, arguments), '--out', 'results/page'])
-        try:
-            runpy.run_path(PROGRAM, run_name='__main__')
-        except SystemExit as stop:
-            return stop.code or 0, capsys.readouterr().err
-        return 0, capsys.readouterr().err
+        status, captured = run_script(PROGRAM, *arguments, '--out', 'results/page')
+        return status, captured.err
     return call
 
 

@@ -52,7 +52,6 @@ class Fusion:
     """
     PRETRAINED = ('average', 'least_squares')
     one_pair = False
-    learns = True
 
     def __init__(self, init: float = 0.5, pretrained: str = 'average', adapt: bool = False) -> None:
         name = type(self).__name__
@@ -84,7 +83,7 @@ class Fusion:
             parameters: the fusion's.
             pairs: the neighbours' tensors for each of them, in the order of the block's tensors.
         """
-        shapes = {name: shape_of(pair) for name, pair in pairs.items()}
+        shapes = {name: _shape_of(pair) for name, pair in pairs.items()}
         return _mix(dict(self._pairs_of(parameters['coeff'], shapes)), pairs)
 
     @torch.no_grad()
@@ -163,7 +162,7 @@ def _mix(factors: dict[str, Pair], pairs: dict[str, Pair]) -> dict[str, Tensor]:
     return {name: made[name] for name in pairs}
 
 
-def shape_of(pair: Pair) -> Shape:
+def _shape_of(pair: Pair) -> Shape:
     """The shape of a pair's tensors."""
     return tuple(next(tensor for tensor in pair if tensor is not None).shape)
 

@@ -21,7 +21,6 @@ class SharedWeights(Fusion):
         ValueError: another ``side``.
     """
     SIDES = ('before', 'after')
-    learns = False
 
     def __init__(self, side: str = 'before', adapt: bool = False) -> None:
         super().__init__(adapt=adapt)

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from ..block_structure import convolutions, same_padding
 from ..registry import OPERATORS
 from ..resize import Shape, stretch
-from .light_operator import LightOperator, misfit_of_convolutions, unit_length
+from .light_operator import ScaledOperator, misfit_of_convolutions, unit_length
 
 
 @OPERATORS.register_module()
-class DepthwiseBlock(LightOperator):
+class DepthwiseBlock(ScaledOperator):
     r"""One depthwise convolution on the block's input, its kernels made from the block's spatial convolution.
 
     .. math:: h_{out} = h_{in} + γ ⊙ (\hat k * h_{in}), \qquad

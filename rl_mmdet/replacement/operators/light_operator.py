@@ -12,19 +12,8 @@ from .operator import Operator
 
 
 class LightOperator(Operator):
-    """What light operators share: :math:`h_{out} = h_{in} + γ ⊙ C(h_{in})`, γ learnable, one number per channel.
-
-    Args:
-        scale: start of all γ; at 0 the start is the identity, and the fusion learns from the second step on.
-            docs/results/digits_operators.md and pretrained_scale.md have the measurements behind the defaults.
-
-    Raises:
-        ValueError: ``scale`` isn't a finite number.
-    """
+    """Computes a few per cent of what the block does, in the place of blocks that keep width and stride."""
     light = True
-
-    def __init__(self, scale: float) -> None:
-        self.scale = float(check_number(f'{type(self).__name__}: scale', scale))
 
     def why_not(self, block: nn.Module) -> str | None:
         name = f'{type(self).__name__} can\'t stand for a {type(block).__name__}'
@@ -38,16 +27,31 @@ class LightOperator(Operator):
                    and cls is not type(self) and cls().misfit(block) is None]
         return f'{name}: {reason}; what fits: {", ".join([*fitting, "FullBlock"])}'
 
+    def misfit(self, block: nn.Module) -> str | None:
+        """What it can't stand for about ``block``, in a few words; None if it can."""
+        raise NotImplementedError
+
+
+class ScaledOperator(LightOperator):
+    """:math:`h_{out} = h_{in} + γ ⊙ C(h_{in})`, γ learnable, one number per channel.
+
+    Args:
+        scale: start of all γ; at 0 the start is the identity, and the fusion learns from the second step on.
+            docs/results/digits_operators.md and pretrained_scale.md have the measurements behind the defaults.
+
+    Raises:
+        ValueError: ``scale`` isn't a finite number.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = float(check_number(f'{type(self).__name__}: scale', scale))
+
     def new_parameters(self, block: nn.Module) -> dict[str, nn.Parameter]:
         like = next(block.parameters())
         return {'scale': nn.Parameter(like.new_full((self.channels(block),), self.scale))}
 
     def start(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {'scale': torch.full_like(parameters['scale'], self.scale)}
-
-    def misfit(self, block: nn.Module) -> str | None:
-        """What it can't stand for about ``block``, in a few words; None if it can."""
-        raise NotImplementedError
 
     def channels(self, block: nn.Module) -> int:
         """Channels of the block's input and output."""

@@ -1,5 +1,4 @@
 """The blocks left out: the yardstick of what replacing can save."""
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,30 +16,14 @@ class Skip(LightOperator):
     It needs no tensors, learns nothing and saves nothing, so the fusion has no part in it.
     """
 
-    def __init__(self) -> None:
-        super().__init__(0)
-
     def needs(self, block: nn.Module) -> dict[str, Shape]:
         return {}
 
     def template(self, block: nn.Module) -> nn.Module:
         return Nothing()
 
-    def new_parameters(self, block: nn.Module) -> dict[str, nn.Parameter]:
-        return {}
-
-    def start(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {}
-
-    def weights(self, template: nn.Module, tensors: dict[str, Tensor],
-                parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {}
-
     def misfit(self, block: nn.Module) -> str | None:
         return misfit_of_convolutions(block) if mlp(block) is None else None
-
-    def __repr__(self) -> str:
-        return 'Skip()'
 
 
 class Nothing(nn.Module):

@@ -12,11 +12,11 @@ from ..block_structure import branch, mlp, same_padding
 from ..checks import check_number
 from ..registry import OPERATORS
 from ..resize import Shape
-from .light_operator import LightOperator, misfit_of_convolutions, tiny_of, unit_length
+from .light_operator import ScaledOperator, misfit_of_convolutions, tiny_of, unit_length
 
 
 @OPERATORS.register_module()
-class SlimBlock(LightOperator):
+class SlimBlock(ScaledOperator):
     r"""A thin copy of the block: the first of its hidden channels, with their share of the fused weights.
 
     For blocks of convolutions in a row (BasicBlock, Bottleneck, ResNeXt's) that keep stride and width
@@ -76,7 +76,7 @@ class SlimBlock(LightOperator):
 
     def weights(self, template: nn.Module, tensors: dict[str, Tensor],
                 parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        *hidden, last = with_lengths(tensors.values(), math.sqrt(2)) if template.unit_length else tensors.values()
+        *hidden, last = _with_lengths(tensors.values(), math.sqrt(2)) if template.unit_length else tensors.values()
         scaled = parameters['scale'].view(-1, *[1] * (last.ndim - 1)) * last
         return dict(zip(template.slots, [*hidden, scaled], strict=True))
 
@@ -147,7 +147,7 @@ def _part(channels: int, width: float, unit: int = 1) -> int:
     return min(channels, max(1, round(channels * width / unit)) * unit)
 
 
-def with_lengths(weights: Iterable[Tensor], hidden: float) -> list[Tensor]:
+def _with_lengths(weights: Iterable[Tensor], hidden: float) -> list[Tensor]:
     """Weights with each output channel's part brought to length ``hidden``, and to 1 in the last of them."""
     weights = list(weights)
     if torch.is_grad_enabled():
