@@ -3,14 +3,21 @@ from .arguments import config_arguments, run_arguments
 from .checkpoint import check_checkpoint, read_checkpoint
 from .config import add_rl_defaults_, load_config
 from .errors import NonFiniteLossError, UserError
-from .hooks import FiniteLossHook, LearningStepsHook, LogCoefficientsHook, RecalibrateNormsHook, SearchHook
+from .hooks import (
+    FiniteLossHook,
+    FitOutputsHook,
+    LearningStepsHook,
+    LogCoefficientsHook,
+    RecalibrateNormsHook,
+    SearchHook,
+)
 from .launch import build_runner, tool
 from .optim import RLLayerDecayOptimWrapperConstructor, RLOptimWrapperConstructor
 from .preflight import build_model, check_testing, check_training, inspect_training, resume_checkpoint
 from .search import take_found_
 
 __all__ = [
-    'FiniteLossHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
+    'FiniteLossHook', 'FitOutputsHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
     'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'SearchHook',
     'UserError', 'add_rl_defaults_', 'build_model', 'build_runner', 'check_checkpoint', 'check_testing',
     'check_training', 'config_arguments', 'inspect_training', 'load_config', 'read_checkpoint',

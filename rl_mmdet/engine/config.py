@@ -50,15 +50,15 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
 def add_rl_defaults_(cfg: Config) -> Config:
     """Add, where they are absent, the hooks and the optimizer-wrapper constructor that RL training needs.
 
-    Every config gets ``FiniteLossHook``. One with a ``replacement`` also gets ``RecalibrateNormsHook``,
-    ``LearningStepsHook``, ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default
-    constructor; another constructor stays. One that searches gets ``SearchHook``, and where it searches for a plan DDP
-    is told that a step doesn't use all parameters.
+    Every config gets ``FiniteLossHook``. One with a ``replacement`` also gets ``FitOutputsHook``,
+    ``RecalibrateNormsHook``, ``LearningStepsHook``, ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place
+    of MMEngine's default constructor; another constructor stays. One that searches gets ``SearchHook``, and where it
+    searches for a plan DDP is told that a step doesn't use all parameters.
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook']
     if uses_replacement(cfg):
-        wanted += ['RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
+        wanted += ['FitOutputsHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
         wrapper = cfg.get('optim_wrapper')
         if wrapper is not None and wrapper.get('constructor') in (None, 'DefaultOptimWrapperConstructor'):
             wrapper.constructor = CONSTRUCTOR

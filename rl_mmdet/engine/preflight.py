@@ -15,6 +15,7 @@ from torch import nn
 
 from ..datasets import DigitScenesDataset
 from ..replacement import computing_layers
+from ..replacement.start import LoadReport
 from .checkpoint import check_checkpoint
 from .config import nested_dicts
 from .errors import UserError
@@ -56,6 +57,7 @@ def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pick
     if path:
         with _named(setting):
             reports[f'{setting}={path}'] = check_checkpoint(model, path, **options)
+    _check_start(cfg, model, [report for report in reports.values() if isinstance(report, LoadReport)])
     return [f'{title}:\n{report}' for title, report in reports.items()]
 
 
@@ -163,6 +165,15 @@ def _check_distributed(cfg: Config, model: nn.Module) -> None:
         raise UserError("replacement.gradient mode 'coupled' with with_cp=True on several GPUs needs a static graph: "
                         "add --cfg-options model_wrapper_cfg.type=MMDistributedDataParallel "
                         "model_wrapper_cfg.static_graph=True, or use mode 'detached'")
+
+
+def _check_start(cfg: Config, model: nn.Module, loaded: Sequence[LoadReport]) -> None:
+    """A start that is fitted to the removed blocks needs their weights, or a replaced model's own."""
+    fitted = [layer.start for layer in computing_layers(model).values() if layer.start.keeps_block]
+    if fitted and not loaded:
+        raise UserError(f"replacement.start: {fitted[0]} needs a trained baseline's weights, and none are loaded; "
+                        "set model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) or load_from=FILE, or "
+                        'leave start out')
 
 
 def _pretrained_inits(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:

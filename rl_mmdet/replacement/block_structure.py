@@ -1,4 +1,5 @@
 """What a block is made of, read from its modules."""
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ class Mlp:
 def all_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter slot of ``module``, tied ones under each of their names."""
     return module.named_parameters(remove_duplicate=False)
+
+
+def copy_around_parameters(module: nn.Module, *others: nn.Module) -> nn.Module:
+    """A copy whose parameters *are* the module's, and those of ``others`` inside it theirs; all else is its own."""
+    shared = [parameter for each in (module, *others) for parameter in each.parameters()]
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in shared})
 
 
 def convolutions(block: nn.Module) -> dict[str, nn.Module]:

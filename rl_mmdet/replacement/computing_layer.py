@@ -1,7 +1,8 @@
 """The computing layer: the module that stands where a block was."""
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,10 +21,14 @@ from .resize import Shape, resize
 
 
 class LayerSettings(NamedTuple):
-    """What all computing layers of a model have in common: with what, as what, and how they learn."""
+    """What all computing layers of a model have in common: with what, as what, how they learn, and from what.
+
+    ``start`` is one of :mod:`rl_mmdet.replacement.start`.
+    """
     fusion: Fusion
     operator: Operator
     gradient: Gradient
+    start: Any
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,13 @@ class RemovedBlock:
         learned: whether each of them learned.
         unused_buffers: names of its buffers that the operator has no use for.
         with_cp: whether it was checkpointed.
+        block: the block itself, as long as the layer is to be fitted to it (``start.keeps_block``).
     """
     shapes: dict[str, Shape]
     learned: dict[str, bool]
     unused_buffers: frozenset[str]
     with_cp: bool
+    block: nn.Module | None = None
 
 
 class ComputingLayer(nn.Module):
@@ -66,6 +73,7 @@ class ComputingLayer(nn.Module):
         made: shapes of the tensors that the fusion makes, by name.
         turn: whether it learns in this step; None if nobody counts the steps. See :class:`~.gradient.Gradient`.
         norm_stale: the weights are new, and BatchNorm's running statistics still the removed block's.
+        fit_wanted: a baseline's weights have been loaded, and ``start`` has a fit to make with them.
         provisional: the block is still there, and this layer is a child of it.
 
     Sources: arXiv 2410.01239 (RL-v1), arXiv 2605.19533 (RL-v2, "computing layer").
@@ -76,11 +84,13 @@ class ComputingLayer(nn.Module):
         super().__init__()
         block = chain.blocks[index] if copy_of_block is None else copy_of_block
         self.provisional = copy_of_block is not None
-        self.fusion, self.operator, self.gradient = settings
+        self.fusion, self.operator, self.gradient, self.start = settings
         self.made = chain.shapes_to_make(index)
         self.turn: bool | None = None
         self.norm_stale = True
+        self.fit_wanted = False
         self._add_parameters(block)
+        whole = copy.deepcopy(block) if self.start.keeps_block and not self.provisional else None
         buffers, with_cp = {name for name, _ in block.named_buffers()}, bool(getattr(block, 'with_cp', False))
         if with_cp:
             block.with_cp = False  # done around the whole layer instead: the weights exist only while it runs
@@ -88,7 +98,7 @@ class ComputingLayer(nn.Module):
         self.removed = RemovedBlock(
             {name: tuple(p.shape) for name, p in all_parameters(block)},
             {name: p.requires_grad for name, p in all_parameters(block)},
-            frozenset(buffers - {name for name, _ in template.named_buffers()}), with_cp)
+            frozenset(buffers - {name for name, _ in template.named_buffers()}), with_cp, whole)
         _drop_parameters_(block)
         _drop_parameters_(template)
         # The template's children and buffers are this layer's, in the same dicts, so that whoever moves or exchanges
@@ -115,6 +125,11 @@ class ComputingLayer(nn.Module):
         """For every tensor to make: which of the kept blocks before and after give it, counted as in ``kept``."""
         # In a tuple these modules are no children of this one.
         self._unowned = (self.template, *(place.block for place in places))
+
+    def forget_block_(self) -> None:
+        """Drop the removed block that ``start`` has kept."""
+        self.removed = replace(self.removed, block=None)
+        self.fit_wanted = False
 
     @property
     def template(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Where plans, fusions and operators are named, and how a setting of a config becomes one of them."""
+"""Where plans, fusions, operators and starts are named, and how a setting of a config becomes one of them."""
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from mmengine.registry import Registry
 PLANS = Registry('plan', scope='rl_mmdet')
 FUSIONS = Registry('fusion', scope='rl_mmdet')
 OPERATORS = Registry('operator', scope='rl_mmdet')
+STARTS = Registry('start', scope='rl_mmdet')
 
 
 def build_setting(registry: Registry, cfg: Any, default: str, setting: str = '') -> Any:

@@ -11,11 +11,11 @@ from .computing_layer import ComputingLayer, LayerSettings, computing_layers
 from .fusions import OwnWeights
 from .gradient import build_gradient
 from .rebuild import drop_made_inputs_, keep_made_inputs_
-from .registry import FUSIONS, OPERATORS, PLANS, build_setting
+from .registry import FUSIONS, OPERATORS, PLANS, STARTS, build_setting
 from .report import ReplacementReport, describe_blocks, with_layers
 from .start.checkpoint import add_pretrained_hook, remove_pretrained_hook
 
-SETTINGS = ('plan', 'fusion', 'operator', 'gradient')
+SETTINGS = ('plan', 'fusion', 'operator', 'gradient', 'start')
 
 
 def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> ReplacementReport:
@@ -24,8 +24,9 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
     Args:
         model: any module with chains of blocks (see :func:`~rl_mmdet.replacement.find_chains`); a detector's backbone
             rather than the whole detector.
-        replacement: ``dict(plan=..., fusion=..., operator=..., gradient=...)``. Only ``plan`` is required; the
-            others default to ``ScalarFusion``, ``FullBlock`` and ``dict(mode='detached')`` (RL-v1).
+        replacement: ``dict(plan=..., fusion=..., operator=..., gradient=..., start=...)``. Only ``plan`` is
+            required; the others default to ``ScalarFusion``, ``FullBlock``, ``dict(mode='detached')`` (RL-v1) and
+            ``Average``.
 
     The removed blocks' weights are gone and the fusions start as configured. To start from trained weights, keep
     the state dict, replace, then load it; BatchNorm in eval mode also wants
@@ -43,6 +44,9 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
         >>> report = replace_blocks_(model, dict(plan=dict(type='EveryKth', k=2)))
     """
     plan, settings = _build_settings(replacement)
+    if settings.start.keeps_block and isinstance(settings.fusion, OwnWeights):
+        raise ValueError(f'replacement.start: {settings.start} fits computing layers, and OwnWeights has none; leave '
+                         'start out')
     layers = computing_layers(model).values()
     if any(layer.provisional for layer in layers):
         raise ValueError('replacement: a plan is being learned for this model already; finish the search first')
@@ -146,7 +150,8 @@ def _build_settings(replacement: Mapping[str, Any]) -> tuple[Any, LayerSettings]
     plan = build_setting(PLANS, replacement['plan'], default='EveryKth')
     fusion = build_setting(FUSIONS, replacement.get('fusion'), default='ScalarFusion')
     operator = build_setting(OPERATORS, replacement.get('operator'), default='FullBlock')
-    return plan, LayerSettings(fusion, operator, build_gradient(replacement.get('gradient')))
+    start = build_setting(STARTS, replacement.get('start'), default='Average')
+    return plan, LayerSettings(fusion, operator, build_gradient(replacement.get('gradient')), start)
 
 
 def _make_plain_(model: nn.Module) -> dict[str, nn.Module]:

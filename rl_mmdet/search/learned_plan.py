@@ -56,6 +56,9 @@ class LearnedPlan(Plan):
         if isinstance(settings.fusion, OwnWeights):
             raise ValueError(f'replacement.plan: {self} chooses what is made of other blocks\' weights, and '
                              f'{settings.fusion} makes nothing; take another fusion or plan')
+        if settings.start.keeps_block:
+            raise ValueError(f'replacement.start: {settings.start} is a fit before the first step, and {self} chooses '
+                             'later; leave start out, and give it to the training with the plan that is found')
         candidates = {name: chain.replaceable() for name, chain in chains.items()}
         check_fusion(chains, candidates, settings.fusion)
         try:

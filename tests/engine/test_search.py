@@ -388,7 +388,7 @@ def pretrained(write, folder, randomise_) -> Path:
 
 
 EVAL = EPOCH_RUN.replace('norm_eval=False', 'norm_eval=True').replace(
-    'plan=plan', "plan=plan, fusion=dict(type='ScalarFusion', pretrained='least_squares')")
+    'plan=plan', "plan=plan, start=dict(type='LeastSquares')")
 """The usual fine-tuning: frozen statistics; with coefficients that are fitted."""
 
 

@@ -72,6 +72,6 @@ def test_materialized_state_dict_loads_into_the_baseline_and_comes_back(case, mo
     baseline = case.build_baseline()
     baseline.load_state_dict(state, strict=True)
     assert_near(in_mode(baseline, False)(image), model(image))
-    back = case.build(fusion=dict(pretrained='least_squares'))
+    back = case.build(start=dict(type='LeastSquares'))
     back.load_state_dict(state)
     assert_near(in_mode(back, False)(image), model(image), 1e-3)

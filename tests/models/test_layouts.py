@@ -19,7 +19,7 @@ from rl_mmdet.models import RLResNet, RLResNetV1d, RLSwin, RLViT
 from rl_mmdet.models.layouts import own_layout, state_dict_of
 from rl_mmdet.replacement import computing_layers, materialize, replace_blocks_
 
-EVERY_SECOND = dict(plan=dict(type='EveryKth', k=2), fusion=dict(pretrained='least_squares'))
+EVERY_SECOND = dict(plan=dict(type='EveryKth', k=2), start=dict(type='LeastSquares'))
 Tensors = dict[str, Tensor]
 
 

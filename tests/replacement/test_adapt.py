@@ -21,13 +21,14 @@ PLACES = {
 everywhere = pytest.mark.parametrize(('cfg', 'blocks'), PLACES.values(), ids=PLACES)
 
 
-def build(cfg: dict, blocks: dict | None = None, adapt: bool = True, mode: str = 'detached', **fusion) -> nn.Module:
+def build(cfg: dict, blocks: dict | None = None, adapt: bool = True, mode: str = 'detached', start: str = 'Average',
+          **fusion) -> nn.Module:
     """The same weights at every call; ``blocks`` replaced by ``RL...``, the unmodified class without them."""
     torch.manual_seed(0)
     if blocks is None:
         return MODELS.build(copy.deepcopy(cfg))
     replacement = dict(plan=dict(type='Blocks', blocks=blocks), fusion=dict(adapt=adapt, **fusion),
-                       gradient=dict(mode=mode, every=1))
+                       gradient=dict(mode=mode, every=1), start=dict(type=start))
     name = {'ResNet': 'RLResNet', 'SwinTransformer': 'RLSwin'}[cfg['type']]
     return MODELS.build(dict(copy.deepcopy(cfg), type=name, replacement=replacement))
 
@@ -83,7 +84,7 @@ def test_made_weights_are_the_average_of_the_resized_neighbours():
 
 def test_least_squares_uses_the_resized_neighbours(randomise_):
     baseline = randomise_(build(RESNET)).state_dict()
-    model, again = build(RESNET, {'layer2': [0]}), build(RESNET, {'layer2': [0]}, pretrained='least_squares')
+    model, again = build(RESNET, {'layer2': [0]}), build(RESNET, {'layer2': [0]}, start='LeastSquares')
     model.load_state_dict(baseline)
     with torch.no_grad():
         model.layer2[0].coeff.copy_(torch.tensor([0.8, -0.3]))

@@ -231,7 +231,7 @@ def test_initialisers_pass_over_removed_weights_until_they_are_there_again(repla
 
 def test_repr_names_the_block_and_the_settings(replaced):
     assert repr(replaced().layer2[2]).splitlines()[1] == (
-        "  for=Unit, ScalarFusion(init=0.5, pretrained='average'), FullBlock(), Gradient(mode='detached', every=8)")
+        "  for=Unit, ScalarFusion(init=0.5), FullBlock(), Gradient(mode='detached', every=8)")
 
 
 def test_norms_are_stale_because_the_weights_are_new(replaced):

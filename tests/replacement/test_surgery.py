@@ -27,8 +27,8 @@ def test_replace_puts_computing_layers_at_the_named_places_and_leaves_the_others
     assert net.layer2[1] is kept
     assert all(torch.equal(value, before[key]) for key, value in kept.state_dict().items())
     assert settings == dict(plan="Blocks({'layer1': [1], 'layer2': [2, 3]})", operator='FullBlock()',
-                            fusion="ScalarFusion(init=0.5, pretrained='average')",
-                            gradient="Gradient(mode='detached', every=8)")
+                            fusion="ScalarFusion(init=0.5)",
+                            gradient="Gradient(mode='detached', every=8)", start='Average()')
 
 
 def test_replace_takes_ready_objects_and_classes(toy_net):

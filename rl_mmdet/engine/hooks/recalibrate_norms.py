@@ -1,18 +1,14 @@
 """Fresh BatchNorm statistics for replaced blocks before the first step."""
-from collections.abc import Callable, Iterator, Mapping
-
-import torch
 from mmdet.registry import HOOKS
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
-from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 from ...replacement import recalibrate_norms_, stale_norms
 from ...replacement.checks import check_number
-from ..detectors import inner_detectors, plain_model
+from ..calibration import feature_extractor, images_of, training_batches
+from ..detectors import plain_model
 
 
 @HOOKS.register_module()
@@ -42,29 +38,9 @@ class RecalibrateNormsHook(Hook):
         mode = model.training
         model.train()
         if stale_norms(model):
-            count = recalibrate_norms_(model, self._batches(runner), run=_feature_extractor(model),
+            run = feature_extractor(model, stale_norms)
+            count = recalibrate_norms_(model, training_batches(runner, self.num_batches),
+                                       run=lambda batch: run(model, images_of(model, batch)),
                                        reduce=lambda tensor: all_reduce(tensor, op='mean'))
             print_log(f'recalibrated {count} BatchNorms of replaced blocks on {self.num_batches} batches', 'current')
         model.train(mode)
-
-    def _batches(self, runner: Runner) -> Iterator[dict]:
-        """This process's share of random batches of the training set."""
-        loader = runner.train_dataloader
-        size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
-        order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(runner.seed or 0))
-        mine = order[get_rank()::get_world_size()][:self.num_batches * size].tolist()
-        return iter(DataLoader(Subset(loader.dataset, mine), batch_size=size, collate_fn=loader.collate_fn))
-
-
-def _feature_extractor(model: nn.Module) -> Callable[[dict], None]:
-    """A function that sends a batch through the model, or through each detector in it that has stale norms."""
-    detectors = inner_detectors(model, stale_norms)
-
-    def run(batch: dict) -> None:
-        inputs = model.data_preprocessor(batch, True)['inputs']
-        for images in inputs.values() if isinstance(inputs, Mapping) else [inputs]:  # one for each branch, or all
-            images = images.flatten(0, -4) if images.ndim > 4 else images  # frames of videos are images here
-            for detector in detectors.values():
-                detector.extract_feat(images)
-
-    return run

@@ -17,7 +17,7 @@ class ChannelFusion(Fusion):
     :math:`17w^2`, for a ViT block of C channels :math:`2·9C` in place of :math:`12C^2`.
 
     Args:
-        init, pretrained, adapt: see :class:`Fusion`.
+        init, adapt: see :class:`Fusion`.
 
     Source: "Replacement Learning: Training Neural Networks with Fewer Parameters", arXiv 2605.19533 ("learnable
     block"); the form is ours.

@@ -39,29 +39,22 @@ class Fusion:
     for the whole block, ``(2, N)`` where there are N, in the order of the block's tensors.
 
     Args:
-        init: start of every a and b without pretrained weights.
-        pretrained: start when the removed block's weights are known: ``'average'`` (all are ``init``) or
-            ``'least_squares'`` (the pairs that reconstruct them best). docs/pretrained.md has the measurement
-            behind the default.
+        init: start of every a and b.
         adapt: make tensors from neighbours of other sizes, and of neighbouring stages, where there are no others
             (see :mod:`~rl_mmdet.replacement.resize`). The first and last blocks of a stage can then be replaced.
 
     Raises:
         TypeError: ``adapt`` isn't a bool.
-        ValueError: ``init`` isn't a finite number, or ``pretrained`` is unknown.
+        ValueError: ``init`` isn't a finite number.
     """
-    PRETRAINED = ('average', 'least_squares')
     one_pair = False
 
-    def __init__(self, init: float = 0.5, pretrained: str = 'average', adapt: bool = False) -> None:
+    def __init__(self, init: float = 0.5, adapt: bool = False) -> None:
         name = type(self).__name__
         check_number(f'{name}: init', init)
-        if pretrained not in self.PRETRAINED:
-            raise ValueError(f'{name}: unknown pretrained={pretrained!r}; allowed: {", ".join(self.PRETRAINED)}')
         if not isinstance(adapt, bool):
             raise TypeError(f'{name}: adapt must be True or False, got {adapt!r}')
         self.init = float(init)
-        self.pretrained = pretrained
         self.adapt = adapt
 
     def groups(self, name: str, shape: Shape) -> int:
@@ -87,19 +80,21 @@ class Fusion:
         return _mix(dict(self._pairs_of(parameters['coeff'], shapes)), pairs)
 
     @torch.no_grad()
-    def fit(self, targets: dict[str, Tensor], pairs: dict[str, Pair], shapes: dict[str, Shape] | None = None) -> Fit:
-        """Choose the start of the parameters from the removed block's own weights.
+    def fit(self, targets: dict[str, Tensor], pairs: dict[str, Pair], shapes: dict[str, Shape] | None = None,
+            least_squares: bool = False) -> Fit:
+        """The start of the parameters, and how far it is from the removed block's own weights.
 
         Args:
             targets: those of the block's tensors that are known.
             pairs: the neighbours' tensors for these.
             shapes: of all tensors to make, in their order; None if these are the ``targets``.
+            least_squares: choose the pairs (a, b) that reconstruct these weights best; else they are all ``init``.
         """
         shapes = shapes or {name: tuple(target.shape) for name, target in targets.items()}
         like = next(iter(targets.values()))
         start = {name: value.to(like.device) for name, value in self._start(shapes).items()}
         double = {name: _double(pair) for name, pair in pairs.items()}
-        if self.pretrained == 'least_squares':
+        if least_squares:
             start['coeff'] = self._least_squares({n: t.double() for n, t in targets.items()}, double, shapes)
         factors = {name: each for name, each in self._pairs_of(start['coeff'], shapes) if name in pairs}
         made = _mix(factors, double)
@@ -139,7 +134,7 @@ class Fusion:
         return coeff[0] if self.one_pair else coeff.T.contiguous()
 
     def _settings(self) -> str:
-        return f'init={self.init}, pretrained={self.pretrained!r}' + (', adapt=True' if self.adapt else '')
+        return f'init={self.init}' + (', adapt=True' if self.adapt else '')
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self._settings()})'

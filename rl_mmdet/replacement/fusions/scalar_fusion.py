@@ -15,7 +15,7 @@ class ScalarFusion(Fusion):
     ``coeff`` has shape ``(2,)`` and holds :math:`(a, b)`: 2 numbers per replaced block.
 
     Args:
-        init, pretrained, adapt: see :class:`Fusion`.
+        init, adapt: see :class:`Fusion`.
 
     Source: "Replacement Learning: Training Vision Tasks with Fewer Learnable Parameters", arXiv 2410.01239.
     """

@@ -37,7 +37,8 @@ class SharedWeights(Fusion):
         return {name: next(tensor for tensor in pair[order] if tensor is not None) for name, pair in pairs.items()}
 
     @torch.no_grad()
-    def fit(self, targets: dict[str, Tensor], pairs: dict[str, Pair], shapes: dict[str, Shape] | None = None) -> Fit:
+    def fit(self, targets: dict[str, Tensor], pairs: dict[str, Pair], shapes: dict[str, Shape] | None = None,
+            least_squares: bool = False) -> Fit:
         return Fit({}, residual(targets, self.fuse({}, pairs)))
 
     def _settings(self) -> str:

@@ -28,7 +28,7 @@ class TransformFusion(Fusion):
         rank: r, the same for all weights; None takes the largest that keeps to ``share``.
         share: most learnable parameters per replaced block, as a part of those of the tensors they make. Where
             not even rank 1 fits, the mixture is left alone.
-        init, pretrained, adapt: see :class:`Fusion`.
+        init, adapt: see :class:`Fusion`.
 
     Raises:
         ValueError: ``share`` outside of (0, 1], a negative ``rank``, or one larger than a weight's channels.
@@ -37,9 +37,9 @@ class TransformFusion(Fusion):
     block"); the form is ours.
     """
 
-    def __init__(self, rank: int | None = None, share: float = 0.05, init: float = 0.5, pretrained: str = 'average',
+    def __init__(self, rank: int | None = None, share: float = 0.05, init: float = 0.5,
                  adapt: bool = False) -> None:
-        super().__init__(init, pretrained, adapt)
+        super().__init__(init, adapt)
         if rank is not None:
             check_number('TransformFusion: rank', rank, whole=True, least=0, hint='None: the largest for share')
         check_number('TransformFusion: share', share, above=0, most=1)

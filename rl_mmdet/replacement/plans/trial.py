@@ -1,10 +1,10 @@
 """Trials: what a replacement would give, found out on a copy that has the model's own weights."""
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from ..block_structure import copy_around_parameters
 from ..chain import Choice
 from ..computing_layer import LayerSettings
 from ..flops import count_flops
@@ -21,18 +21,16 @@ def replaced_twin(model: nn.Module, choice: Choice, settings: LayerSettings | No
     Args:
         model: stays as it is.
         choice: block indices by chain name.
-        settings: fusion, operator and gradient; None for the defaults.
+        settings: fusion, operator, gradient and start; None for the defaults.
     """
     twin = copy_around_parameters(model)
     if any(choice.values()):
-        replace_blocks_(twin, dict(settings._asdict() if settings else {}, plan=Blocks(choice)))
+        given = settings._asdict() if settings else {}
+        if settings and settings.start.keeps_block:  # nobody will fit this one
+            given['start'] = None
+        replace_blocks_(twin, dict(given, plan=Blocks(choice)))
     twin.eval()  # mmdet's backbones return None here
     return twin
-
-
-def copy_around_parameters(module: nn.Module) -> nn.Module:
-    """A copy whose parameters *are* the module's; all else is its own."""
-    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 @torch.no_grad()

@@ -1,5 +1,8 @@
-"""From what a replaced model starts: a baseline's checkpoint, fresh norm statistics."""
+"""From what a replaced model starts: a baseline's checkpoint, fits to the removed blocks, fresh norm statistics."""
 from .checkpoint import LoadReport, adapt_state_dict
+from .fit_outputs import Unexplained, drop_removed_blocks_, fit_outputs_, layers_to_fit
 from .norms import recalibrate_norms_, stale_norms
+from .starts import Average, FitOutputs, LeastSquares
 
-__all__ = ['LoadReport', 'adapt_state_dict', 'recalibrate_norms_', 'stale_norms']
+__all__ = ['Average', 'FitOutputs', 'LeastSquares', 'LoadReport', 'Unexplained', 'adapt_state_dict',
+           'drop_removed_blocks_', 'fit_outputs_', 'layers_to_fit', 'recalibrate_norms_', 'stale_norms']

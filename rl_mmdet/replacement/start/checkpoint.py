@@ -99,6 +99,8 @@ def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: An
     adapted, report = adapt_state_dict(module, state_dict, prefix)
     for name, layer in computing_layers(module).items():
         layer.norm_stale = name in report.fits
+        if layer.removed.block is not None:
+            layer.fit_wanted = name in report.fits and _load_block_(layer.removed.block, state_dict, f'{prefix}{name}.')
     if report.fits:
         for line in str(report).splitlines():
             logger.info('%s', line)
@@ -139,7 +141,7 @@ def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[st
                      for i in sides)
         if target is not None and any(side is not None for side in pair):
             targets[tensor], pairs[tensor] = target, pair
-    return layer.fusion.fit(targets, pairs, layer.made) if targets else None
+    return layer.start.fit(layer.fusion, targets, pairs, layer.made) if targets else None
 
 
 def _own_buffers(layer: ComputingLayer, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
@@ -157,6 +159,13 @@ def _own_buffers(layer: ComputingLayer, state_dict: dict[str, Any], prefix: str)
         type(module)._load_from_state_dict(twin, dict(state_dict), start, {}, False, [], [], [])
         made.update({start + name: buffer for name, buffer in twin._buffers.items()})
     return made
+
+
+def _load_block_(block: nn.Module, state_dict: dict[str, Any], prefix: str) -> bool:
+    """Load a removed block's own tensors into it; returns whether all its parameters were there."""
+    own = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    missing = set(block.load_state_dict(own, strict=False).missing_keys)
+    return not missing & {name for name, _ in block.named_parameters()}
 
 
 def _compare(model: nn.Module, state_dict: dict[str, Any], prefix: str, report: LoadReport) -> None:

@@ -38,7 +38,7 @@ def test_least_squares_recovers_planted_coefficients(pairs_of, one_sided):
     pairs, coeff = pairs_of(one_sided=one_sided), torch.randn(2, 14, dtype=torch.float64)
     if one_sided:  # what no tensor is there for comes out as 0
         coeff[1, 5:11], coeff[0, 11] = 0, 0
-    fit = ChannelFusion(pretrained='least_squares').fit(by_hand(coeff, pairs), pairs)
+    fit = ChannelFusion().fit(by_hand(coeff, pairs), pairs, least_squares=True)
     torch.testing.assert_close(fit.parameters['coeff'], coeff, rtol=1e-10, atol=1e-10)
     assert fit.residual < 1e-10
 
@@ -46,7 +46,7 @@ def test_least_squares_recovers_planted_coefficients(pairs_of, one_sided):
 def test_least_squares_with_noise_is_lstsq_channel_by_channel(pairs_of):
     pairs = pairs_of(one_sided=False)
     targets = {name: torch.randn_like(pair[0]) for name, pair in pairs.items()}
-    coeff = ChannelFusion(pretrained='least_squares').fit(targets, pairs).parameters['coeff']
+    coeff = ChannelFusion().fit(targets, pairs, least_squares=True).parameters['coeff']
     channel = torch.stack([side[2].flatten() for side in pairs['conv.weight']], 1)
     expected = torch.linalg.lstsq(channel, targets['conv.weight'][2].flatten()[:, None]).solution[:, 0]
     torch.testing.assert_close(coeff[:, 2], expected)

@@ -52,7 +52,7 @@ def test_up_learns_at_the_first_step(pairs_of, start_of):
 def test_least_squares_recovers_planted_mixtures(pairs_of, mixed):
     coeff = torch.randn(2, 5, dtype=torch.float64)
     coeff[1, 2] = coeff[0, 3] = 0  # no tensor there
-    fit = TransformFusion(rank=2, pretrained='least_squares').fit(mixed(coeff.T.tolist(), pairs_of()), pairs_of())
+    fit = TransformFusion(rank=2).fit(mixed(coeff.T.tolist(), pairs_of()), pairs_of(), least_squares=True)
     torch.testing.assert_close(fit.parameters['coeff'], coeff, rtol=1e-10, atol=1e-10)
     assert fit.residual < 1e-10
     assert not fit.parameters['up'].any()

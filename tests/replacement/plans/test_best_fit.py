@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rl_mmdet.replacement import find_chains, recalibrate_norms_, replace_blocks_
+from rl_mmdet.replacement import find_chains, replace_blocks_
 from rl_mmdet.replacement.plans import BestFit, Blocks
 
 
@@ -22,13 +22,13 @@ def trained(toy_net, randomise_):
 
 
 def by_hand(net, block, batches, **settings):
-    """The block's error, by the steps a user would take: replace, load, recalibrate, run both."""
+    """The block's error, by the steps a user would take: replace, load, run both; norms on the batch's statistics."""
     net, twin = copy.deepcopy(net).eval(), copy.deepcopy(net)
     chain, index = block.split('.')
     replace_blocks_(twin, dict(plan=Blocks({chain: [int(index)]}), **settings))
     twin.load_state_dict(net.state_dict())
     twin.eval()
-    recalibrate_norms_(twin, batches, twin)
+    twin.get_submodule(block).train()
     seen = []
     net.get_submodule(block).register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
     difference = change = 0
@@ -43,12 +43,12 @@ def by_hand(net, block, batches, **settings):
 
 @pytest.mark.parametrize('settings', [
     {},
-    dict(fusion=dict(type='ChannelFusion', pretrained='least_squares', adapt=True)),
+    dict(fusion=dict(type='ChannelFusion', adapt=True), start=dict(type='LeastSquares')),
     dict(operator=dict(type='SlimBlock', scale=0.5)),
     dict(operator=dict(type='Skip')),
 ])
 def test_errors_are_those_of_a_replaced_model_that_loaded_the_weights(trained, batches, settings):
-    plan = BestFit(0.4, batches)
+    plan = BestFit(0.4, batches, steps=0)
     replace_blocks_(copy.deepcopy(trained), dict(settings, plan=plan))
     assert len(plan.errors) == (8 if 'adapt' in settings.get('fusion', {}) else 5)
     for block, error in plan.errors.items():
@@ -61,10 +61,20 @@ def test_a_block_between_two_like_it_is_reproduced_and_chosen(trained, batches):
         trained.layer2[index].load_state_dict(trained.layer2[3].state_dict())
     for block in trained.layer2:
         block.norm1 = block.norm2 = nn.Identity()  # whose statistics would differ
-    plan = BestFit(0.2, batches)
+    plan = BestFit(0.2, batches, steps=5)
     assert replace_blocks_(copy.deepcopy(trained), dict(plan=plan)).replaced == {'layer2': [3]}
     assert plan.errors['layer2.3'] == pytest.approx(0, abs=1e-5)
     assert min(error for block, error in plan.errors.items() if block != 'layer2.3') > 0.1
+
+
+def test_the_fit_finds_what_a_light_operator_can_reproduce(trained, batches):
+    for index in (2, 4):  # blocks whose effect is half of their input
+        block = trained.layer2[index]
+        block.forward = lambda x: 1.5 * x
+    plans = [BestFit(0.2, batches, steps=steps) for steps in (0, 60)]
+    for plan in plans:
+        replace_blocks_(copy.deepcopy(trained), dict(plan=plan, operator=dict(type='DepthwiseBlock')))
+    assert [plan.errors['layer2.2'] for plan in plans] == [pytest.approx(1), pytest.approx(0, abs=0.5)]
 
 
 def test_chosen_are_those_of_smallest_error(trained, batches):
@@ -133,6 +143,6 @@ def test_a_block_that_never_runs_raises(trained, batches):
 def test_weights_that_are_not_finite_raise(trained, batches, snapshot):
     trained.layer2[1].conv1.weight.data.fill_(torch.inf)
     before = snapshot(trained)[0]
-    with pytest.raises(ValueError, match=r'the output error of layer2.1 is nan; are the model\'s weights trained ones'):
+    with pytest.raises(ValueError, match=r'BestFit: the outputs of layer2.1 or of what replaces it aren\'t finite; are the'):
         replace_blocks_(trained, dict(plan=BestFit(0.5, batches)))
     assert snapshot(trained)[0] == before

@@ -17,9 +17,9 @@ A, B = 0.75, -0.5
 
 @pytest.fixture
 def replaced(toy_net):
-    def build(pretrained: str = 'average') -> nn.Module:
+    def build(start: str = 'Average') -> nn.Module:
         net = toy_net()
-        replace_blocks_(net, dict(plan=dict(type='Blocks', blocks=BLOCKS), fusion=dict(pretrained=pretrained)))
+        replace_blocks_(net, dict(plan=dict(type='Blocks', blocks=BLOCKS), start=dict(type=start)))
         return net
     return build
 
@@ -52,7 +52,7 @@ def stale(net: nn.Module) -> list[bool]:
 # torch's own load_state_dict
 
 def test_load_state_dict_baseline_fills_the_model_and_stays_as_it_is(replaced, baseline, toy_net, assert_same_state):
-    net, plain, before = replaced('least_squares').eval(), toy_net().eval(), copy.deepcopy(baseline)
+    net, plain, before = replaced('LeastSquares').eval(), toy_net().eval(), copy.deepcopy(baseline)
     result = net.load_state_dict(baseline, strict=True)
     plain.load_state_dict(baseline)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
@@ -65,14 +65,14 @@ def test_load_state_dict_baseline_fills_the_model_and_stays_as_it_is(replaced, b
 
 
 def test_load_state_dict_average_starts_at_one_half(replaced, baseline):
-    net = replaced('average')
+    net = replaced('Average')
     nn.init.constant_(net.layer2[2].coeff, 3)
     net.load_state_dict(baseline)
     assert net.layer2[2].coeff.tolist() == [0.5, 0.5]
 
 
 def test_load_state_dict_own_leaves_coefficients_as_saved_and_nothing_stale(replaced, baseline, randomise_):
-    source, target = randomise_(replaced()), replaced('least_squares')
+    source, target = randomise_(replaced()), replaced('LeastSquares')
     target.load_state_dict(baseline)
     assert stale(target) == [True] * 3
     target.load_state_dict(source.state_dict(), strict=True)
@@ -90,7 +90,7 @@ def test_load_state_dict_baseline_without_a_removed_block(replaced, baseline):
 
 
 def test_load_state_dict_into_a_copy_and_into_a_part_of_a_larger_model(replaced, baseline):
-    net = replaced('least_squares')
+    net = replaced('LeastSquares')
     twin = copy.deepcopy(net)
     twin.load_state_dict(baseline)
     assert_planted(twin.layer2[2].coeff)
@@ -109,7 +109,7 @@ def test_load_state_dict_logs_the_report(replaced, baseline, caplog):
 # mmengine's load_checkpoint, which walks the modules one by one; the backbone's init_cfg, and a whole detector
 
 BACKBONE = dict(depth=50, base_channels=4, norm_eval=True)
-REPLACEMENT = dict(plan=dict(type='EveryKth', k=4), fusion=dict(pretrained='least_squares'))
+REPLACEMENT = dict(plan=dict(type='EveryKth', k=4), start=dict(type='LeastSquares'))
 
 
 @pytest.fixture(scope='module')
@@ -168,7 +168,7 @@ def test_load_checkpoint_of_a_whole_detector(resnet, randomise_, tmp_path):
 # adapt_state_dict and its report
 
 def test_adapt_baseline_gives_the_replaced_models_keys(replaced, baseline, assert_same_state):
-    net, before = replaced('least_squares'), copy.deepcopy(baseline)
+    net, before = replaced('LeastSquares'), copy.deepcopy(baseline)
     own = copy.deepcopy(net.state_dict())
     adapted, report = adapt_state_dict(net, baseline)
     assert set(adapted) == set(report.loaded) == set(own)
@@ -202,7 +202,7 @@ def test_adapt_with_prefix_leaves_other_keys_alone(replaced, baseline):
      ['layer2.2.coeff'], ['layer1.1', 'layer2.3']),
 ])
 def test_report_of_an_incomplete_checkpoint(replaced, baseline, lost, missing, fits):
-    report = adapt_state_dict(replaced('least_squares'), without(baseline, *((lost,) if isinstance(lost, str) else
+    report = adapt_state_dict(replaced('LeastSquares'), without(baseline, *((lost,) if isinstance(lost, str) else
                                                                              lost)))[1]
     assert (report.missing, list(report.fits), report.left_over) == (missing, fits, [])
     if fits == LAYERS and not lost.startswith('layer2.4'):  # one side alone can't be fitted
@@ -212,7 +212,7 @@ def test_report_of_an_incomplete_checkpoint(replaced, baseline, lost, missing, f
 def test_report_of_other_shapes(replaced, baseline):
     for block in ('layer2.5', 'layer2.2'):
         baseline[f'{block}.conv1.weight'] = torch.ones(8, 4, 3, 3)
-    report = adapt_state_dict(replaced('least_squares'), baseline)[1]
+    report = adapt_state_dict(replaced('LeastSquares'), baseline)[1]
     assert report.mismatched['layer2.5.conv1.weight'] == ((8, 4, 3, 3), (4, 4, 3, 3))
     assert_planted(report.fits['layer2.2'].parameters['coeff'])
 
