@@ -8,7 +8,7 @@ from ..engine import UserError, read_checkpoint
 from ..engine.preflight import build_model
 from ..models.layouts import state_dict_of
 from ..replacement import ReplacementReport, adapt_state_dict, find_chains
-from ..replacement.report import BlockRow, describe_blocks
+from ..replacement.report import BlockRow, describe_blocks, describe_state
 
 
 def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool = False) -> Table:
@@ -39,7 +39,7 @@ def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool =
         last = row.chain
         residual = residuals.get(row.name)
         table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}',
-                      'open' if row.open else '[bold]replaced[/]' if row.replaced else 'kept',
+                      f'[bold]{describe_state(row)}[/]' if row.replaced else describe_state(row),
                       ', '.join((row.before, row.after, *row.others)) if row.replaced else '',
                       '' if residual is None else f'{residual:.3f}',
                       _note(row))

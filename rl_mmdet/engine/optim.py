@@ -18,7 +18,7 @@ class RLOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         wrapper = super().__call__(model)
-        fusions = {id(p) for layer in computing_layers(model).values() for p in layer.parameters(recurse=False)}
+        fusions = {id(p) for layer in computing_layers(model).values() for p in layer.own_parameters().values()}
         for group in list(wrapper.optimizer.param_groups):
             undecayed = [p for p in group['params'] if id(p) in fusions]
             if len(undecayed) == len(group['params']):

@@ -117,6 +117,15 @@ class Chain:
         return {name: (self._nearest(before, name, index), self._nearest(after, name, index))
                 for name in self._needed[index]}
 
+    @property
+    def only(self) -> tuple[str, ...]:
+        """Names of the submodules that are replaced, where it isn't whole blocks."""
+        return () if self.operator is None else self.operator.only
+
+    def untouched(self, index: int) -> frozenset[str]:
+        """Names of the tensors that block ``index``, which stands there still, keeps when it is replaced."""
+        return frozenset() if self.operator is None else self.operator.untouched(self.blocks[index])
+
     def shapes_to_make(self, index: int) -> dict[str, Shape]:
         """The tensors that are to be made for block ``index``, by name."""
         return dict(self._needed[index])

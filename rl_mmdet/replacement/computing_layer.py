@@ -1,14 +1,12 @@
 """The computing layer: the module that stands where a block was."""
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .block_structure import all_parameters
@@ -18,6 +16,7 @@ from .gradient import Gradient, scaled_gradients, with_zero_gradients
 from .operators import Operator
 from .rebuild import can_be_made_again
 from .resize import Shape, resize
+from .template import can_init_weights, drop_parameters_, init_weights_, statistics_stay, take_parameters_
 
 
 class LayerSettings(NamedTuple):
@@ -36,7 +35,7 @@ class RemovedBlock:
     """What is remembered of a block that was removed.
 
     Args:
-        shapes: of all its tensors, by name.
+        shapes: of all its tensors that are gone, by name.
         learned: whether each of them learned.
         unused_buffers: names of its buffers that the operator has no use for.
         with_cp: whether it was checkpointed.
@@ -55,22 +54,26 @@ class ComputingLayer(nn.Module):
     .. math:: h_{out} = C\big(h_{in};\; T(θ_p, θ_n)\big)
 
     with the fusion :math:`T` and the operator :math:`C`. Its state are their parameters and the buffers of what
-    the operator runs, under the removed block's names where it is that block (BatchNorm running statistics), nothing
-    else: the neighbours are referenced, not owned, and so are moved, saved and copied where they stand.
+    the operator runs, under the removed block's names where it is that block (BatchNorm running statistics), and what
+    the operator leaves untouched of the block, under the block's names, nothing else: the neighbours are referenced,
+    not owned, and so are moved, saved and copied where they stand.
     ``copy.deepcopy`` of a model yields computing layers that point into the copy.
 
     Args:
-        chain, index: the block to remove. It is taken over: its parameters are dropped.
+        chain, index: the block to remove. It is taken over: its parameters are dropped, but those that the operator
+            leaves untouched.
         choice: all blocks that are replaced, by chain name.
         settings: fusion, operator and gradient.
         copy_of_block: taken over in the place of the chain's block, which stays: it isn't decided yet which of the two
             will.
 
     Attributes:
-        template: what the operator runs: the removed block or something lighter; its parameters are all None.
+        template: what the operator runs: the removed block or something lighter; its parameters are None, but those
+            of submodules that the operator leaves untouched.
         kept: the kept blocks whose tensors are used, the neighbours first.
         removed: what is remembered of the removed block.
         made: shapes of the tensors that the fusion makes, by name.
+        untouched: names of the parameters that stay the block's own.
         turn: whether it learns in this step; None if nobody counts the steps. See :class:`~.gradient.Gradient`.
         norm_stale: the weights are new, and BatchNorm's running statistics still the removed block's.
         fit_wanted: a baseline's weights have been loaded, and ``start`` has a fit to make with them.
@@ -94,13 +97,19 @@ class ComputingLayer(nn.Module):
         buffers, with_cp = {name for name, _ in block.named_buffers()}, bool(getattr(block, 'with_cp', False))
         if with_cp:
             block.with_cp = False  # done around the whole layer instead: the weights exist only while it runs
-        template = self.operator.template(block)
+        template, self.untouched = self.operator.template(block), self.operator.untouched(block)
+        gone = {name: parameter for name, parameter in all_parameters(block) if name not in self.untouched}
         self.removed = RemovedBlock(
-            {name: tuple(p.shape) for name, p in all_parameters(block)},
-            {name: p.requires_grad for name, p in all_parameters(block)},
+            {name: tuple(parameter.shape) for name, parameter in gone.items()},
+            {name: parameter.requires_grad for name, parameter in gone.items()},
             frozenset(buffers - {name for name, _ in template.named_buffers()}), with_cp, whole)
-        _drop_parameters_(block)
-        _drop_parameters_(template)
+        drop_parameters_(block, self.untouched)
+        drop_parameters_(template, self.untouched)
+        for name in [name for name in template._parameters if name in self.untouched]:
+            self.register_parameter(name, template._parameters[name])
+            template._parameters[name] = None
+        if self.provisional and self.untouched:
+            self._register_state_dict_hook(_save_shared_once)
         # The template's children and buffers are this layer's, in the same dicts, so that whoever moves or exchanges
         # them does it for both.
         self._modules, self._buffers = template._modules, template._buffers
@@ -156,30 +165,39 @@ class ComputingLayer(nn.Module):
         return {name: tuple(tensor_of(donor, name) for donor in sides) for name, sides in self.donors.items()}
 
     def weights(self, factor: int = 1) -> dict[str, Tensor]:
-        """All weights of the template, made by the fusion and the operator.
+        """The weights of the template that the fusion and the operator make.
 
         Args:
             factor: by what their gradient is multiplied; 0 makes them constants.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and factor > 0):
-            parameters = scaled_gradients(self._parameters, factor)
+            parameters = scaled_gradients(self.own_parameters(), factor)
             tensors = self.fusion.fuse(parameters, self.pairs()) if self.made else {}
             return self.operator.weights(self.template, tensors, parameters)
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """What the fusion and the operator learn, by name; not what is left untouched of the block."""
+        return {name: parameter for name, parameter in self._parameters.items() if name not in self.untouched}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same inputs, outputs and shapes as the removed block."""
         return self._run('forward', *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """The removed block's other ways forward, such as ``rfp_forward`` of DetectoRS, on the fused tensors."""
+        """The removed block's other ways forward, such as ``rfp_forward`` of DetectoRS, on the fused tensors.
+
+        Where something of the block is left untouched, also its ``init_weights``, for MMEngine to call.
+        """
         if 'forward' in name and '_unowned' in self.__dict__ and callable(getattr(type(self.template), name, None)):
             return partial(self._run, name)
+        if name == 'init_weights' and '_unowned' in self.__dict__ and can_init_weights(self.template):
+            return partial(init_weights_, self.template, self)
         return super().__getattr__(name)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         factor = self.gradient.factor(self.turn, self.training)
         if self.operator.repeatable:  # its weights are few, so they are made once and kept
-            run = partial(self.operator, self.template, self.weights(factor), method)
+            run = partial(self._run_template, self.weights(factor), method)
         else:
             run = partial(self._make_weights_and_run, factor, method)
         if not torch.is_grad_enabled():
@@ -190,13 +208,20 @@ class ComputingLayer(nn.Module):
         else:
             out = run(*args, **kwargs)
         if factor == 0:
-            out = with_zero_gradients(out, self._parameters.values())
+            out = with_zero_gradients(out, self.own_parameters().values())
         if self.output_made_again and not compiling and args and isinstance(out, Tensor):
             can_be_made_again(out, partial(run, *args, **kwargs), args[0])
         return out
 
     def _make_weights_and_run(self, factor: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self.operator(self.template, self.weights(factor), method, *args, **kwargs)
+        return self._run_template(self.weights(factor), method, *args, **kwargs)
+
+    def _run_template(self, weights: dict[str, Tensor], method: str, *args: Any, **kwargs: Any) -> Any:
+        return self.operator(self.template, weights | self._direct_parameters(), method, *args, **kwargs)
+
+    def _direct_parameters(self) -> dict[str, nn.Parameter]:
+        """Of what stays the block's own, that which stands in the block itself and in none of its submodules."""
+        return {name: parameter for name, parameter in self._parameters.items() if name in self.untouched}
 
     @property
     def checkpointed(self) -> bool:
@@ -210,7 +235,7 @@ class ComputingLayer(nn.Module):
 
     def _contexts(self) -> tuple[Any, Any]:
         """What an activation checkpoint runs the layer in the first time, and when it is run again."""
-        return nullcontext(), _statistics_stay(self.template)
+        return nullcontext(), statistics_stay(self.template)
 
     def train(self, mode: bool = True) -> 'ComputingLayer':
         self.template.training = mode
@@ -227,13 +252,9 @@ class ComputingLayer(nn.Module):
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f'the synthesised {name} has non-finite values')
-        for name, tensor in tensors.items():
-            owner, _, slot = name.rpartition('.')
-            parameter = nn.Parameter(tensor.clone(), requires_grad=self.removed.learned.get(name, True))
-            module = self.template.get_submodule(owner)
-            module._parameters[slot] = parameter
-            for method in ('reset_parameters', '_load_from_state_dict'):
-                module.__dict__.pop(method, None)
+        made = {name: nn.Parameter(tensor.clone(), requires_grad=self.removed.learned.get(name, True))
+                for name, tensor in tensors.items()}
+        take_parameters_(self.template, made | self._direct_parameters())
         if hasattr(self.template, 'with_cp'):
             self.template.with_cp = self.removed.with_cp
         return self.template
@@ -265,43 +286,13 @@ def set_step_(model: nn.Module, step: int, staggered: bool = True) -> None:
         layer.turn = (step + (number * every // len(layers) if staggered else 0)) % every == 0
 
 
-def loads_its_own_way(module: nn.Module) -> bool:
-    """Whether the module's class has a loader that isn't torch's, as convolutions with weight standardisation have."""
-    return not type(module)._load_from_state_dict.__module__.startswith('torch.')
-
-
 def _tensor(block: nn.Module, name: str) -> Tensor:
     """A block's parameter, or the plain tensor that ``torch.func.functional_call`` put in its place."""
     owner, _, slot = name.rpartition('.')
     return getattr(block.get_submodule(owner), slot)
 
 
-def _drop_parameters_(block: nn.Module) -> None:
-    """Set every parameter slot to None, which initialisers, state dicts and ``parameters()`` all skip."""
-    for name, _ in list(all_parameters(block)):
-        owner, _, slot = name.rpartition('.')
-        module = block.get_submodule(owner)
-        module._parameters[slot] = None
-        module.reset_parameters = _nothing_to_reset  # torch's own would ask None for its shape
-        if loads_its_own_way(module):  # and such a loader would ask None for its statistics
-            module._load_from_state_dict = partial(nn.Module._load_from_state_dict, module)
-
-
-def _nothing_to_reset() -> None:
-    """In the place of a template's ``reset_parameters``."""
-
-
-@contextmanager
-def _statistics_stay(template: nn.Module) -> Iterator[None]:
-    """While a checkpoint runs a block again, BatchNorm's running statistics stay as the first run has left them."""
-    norms = [module for module in template.modules() if isinstance(module, _BatchNorm) and module.training
-             and module.track_running_stats]
-    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.
-    try:
-        yield
-    finally:
-        for norm, momentum, tracked in before:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(tracked)
+def _save_shared_once(layer: ComputingLayer, state: dict, prefix: str, *_: Any) -> None:
+    """State-dict hook: what a layer beside its block has in common with it is saved with the block alone."""
+    for name in layer.untouched if layer.provisional else ():
+        state.pop(f'{prefix}{name}', None)

@@ -1,5 +1,5 @@
 """What was replaced, by whom, and why other blocks were not."""
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -20,7 +20,8 @@ class BlockRow:
         before, after: names of the nearest kept blocks that it takes its weights from.
         others: names of kept blocks further away that give it the tensors which have another size in those two.
         reason: why it can't be replaced, None if it can.
-        learnable: number of parameters of the computing layer that stands there.
+        learnable: number of parameters that the computing layer that stands there adds.
+        only: names of the submodules that are replaced, where it isn't the whole block.
         open: whether a search decides if it is replaced.
     """
     chain: str
@@ -34,6 +35,7 @@ class BlockRow:
     others: tuple[str, ...] = ()
     reason: str | None = None
     learnable: int = 0
+    only: tuple[str, ...] = ()
     open: bool = False
 
 
@@ -64,7 +66,7 @@ class ReplacementReport:
 
     @property
     def learnable(self) -> int:
-        """Number of parameters that all computing layers together own."""
+        """Number of parameters that all computing layers together add."""
         return sum(row.learnable for row in self.rows)
 
     @property
@@ -88,14 +90,19 @@ class ReplacementReport:
         return '\n'.join([head, *(f'  {row.name} ({row.kind}): ' + _describe(row) for row in self.rows)])
 
 
+def describe_state(row: BlockRow) -> str:
+    """In a word or two, whether the block is replaced, or which submodules of it are."""
+    if row.open or not row.replaced:
+        return 'open' if row.open else 'kept'
+    return ' and '.join(row.only) + ' replaced' if row.only else 'replaced'
+
+
 def _describe(row: BlockRow) -> str:
-    if row.open:
-        return 'open'
     if row.replaced:
         others = f'; tensors of another size there from {" and ".join(row.others)}' if row.others else ''
         neighbours = ' and '.join(name for name in (row.before, row.after) if name is not None)
-        return f'replaced, from {neighbours}{others}; learns {row.learnable:,}'
-    return 'kept' if row.reason is None else f'kept, can\'t be replaced: {row.reason}'
+        return f'{describe_state(row)}, from {neighbours}{others}; learns {row.learnable:,}'
+    return describe_state(row) + ('' if row.reason is None else f', can\'t be replaced: {row.reason}')
 
 
 def describe_blocks(chains: Mapping[str, Chain], choice: Choice) -> tuple[BlockRow, ...]:
@@ -109,17 +116,19 @@ def describe_blocks(chains: Mapping[str, Chain], choice: Choice) -> tuple[BlockR
             if index in chosen:
                 before, after = chain.neighbours(index, choice)
                 used = dict.fromkeys(p for sides in chain.donors(index, choice).values() for p in sides if p)
-                row.update(replaced=True, before=before and before.name, after=after and after.name,
+                row.update(replaced=True, parameters=_count(block, chain.untouched(index)), only=chain.only,
+                           before=before and before.name, after=after and after.name,
                            others=tuple(place.name for place in used if place not in (before, after)))
             rows.append(BlockRow(**row))
     return tuple(rows)
 
 
-def with_layers(rows: Iterable[BlockRow], stands: Mapping[str, nn.Module]) -> tuple[BlockRow, ...]:
-    """The rows with what each module that now stands in the place of a block, by name, learns."""
-    return tuple(replace(row, learnable=sum(p.numel() for p in stands[row.name].parameters() if p.requires_grad))
-                 if row.name in stands else row for row in rows)
+def with_added(rows: Iterable[BlockRow], added: Mapping[str, Iterable[nn.Parameter]]) -> tuple[BlockRow, ...]:
+    """The rows with how many of the parameters learn that were added in the place of a block, by its name."""
+    return tuple(replace(row, learnable=sum(p.numel() for p in added[row.name] if p.requires_grad))
+                 if row.name in added else row for row in rows)
 
 
-def _count(block: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in block.parameters())
+def _count(block: nn.Module, untouched: Collection[str] = ()) -> int:
+    """How many parameters the block has, without those of these names."""
+    return sum(parameter.numel() for name, parameter in block.named_parameters() if name not in untouched)

@@ -12,7 +12,7 @@ from .fusions import OwnWeights
 from .gradient import build_gradient
 from .rebuild import drop_made_inputs_, keep_made_inputs_
 from .registry import FUSIONS, OPERATORS, PLANS, STARTS, build_setting
-from .report import ReplacementReport, describe_blocks, with_layers
+from .report import ReplacementReport, describe_blocks, with_added
 from .start.checkpoint import add_pretrained_hook, remove_pretrained_hook
 
 SETTINGS = ('plan', 'fusion', 'operator', 'gradient', 'start')
@@ -73,12 +73,10 @@ def replace_chosen_(model: nn.Module, chains: Mapping[str, Chain], choice: Choic
         for index in indices:
             chain.container._modules[chain.keys[index]] = ComputingLayer(chain, index, choice, settings)
         prepare_followers_(chain)
-    if not isinstance(settings.fusion, OwnWeights):
-        return ReplacementReport(with_layers(rows, computing_layers(model)))
-    blocks = _make_plain_(model)
-    for block in blocks.values() if not settings.fusion.learn else ():
-        block.requires_grad_(False)
-    return ReplacementReport(with_layers(rows, blocks))
+    if isinstance(settings.fusion, OwnWeights):
+        return ReplacementReport(with_added(rows, _give_own_weights_(model, settings.fusion.learn)))
+    added = {name: layer.own_parameters().values() for name, layer in computing_layers(model).items()}
+    return ReplacementReport(with_added(rows, added))
 
 
 def prepare_followers_(chain: Chain) -> None:
@@ -152,6 +150,16 @@ def _build_settings(replacement: Mapping[str, Any]) -> tuple[Any, LayerSettings]
     operator = build_setting(OPERATORS, replacement.get('operator'), default='FullBlock')
     start = build_setting(STARTS, replacement.get('start'), default='Average')
     return plan, LayerSettings(fusion, operator, build_gradient(replacement.get('gradient')), start)
+
+
+def _give_own_weights_(model: nn.Module, learn: bool) -> dict[str, list[nn.Parameter]]:
+    """Put plain weights in the place of those that are made; returns these by the block's name."""
+    untouched = {name: set(layer.parameters()) for name, layer in computing_layers(model).items()}
+    made = {name: [parameter for parameter in block.parameters() if parameter not in untouched[name]]
+            for name, block in _make_plain_(model).items()}
+    for parameter in [parameter for parameters in made.values() for parameter in parameters]:
+        parameter.requires_grad_(parameter.requires_grad and learn)
+    return made
 
 
 def _make_plain_(model: nn.Module) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..replacement.chain import Chain, Choice, Place, describe_replaceable
 from ..replacement.computing_layer import ComputingLayer, LayerSettings
 from ..replacement.plans.trial import copy_around_parameters
-from ..replacement.report import BlockRow, ReplacementReport, describe_blocks, with_layers
+from ..replacement.report import BlockRow, ReplacementReport, describe_blocks, with_added
 from ..replacement.surgery import prepare_followers_
 from .gated_block import Gate, GatedBlock, gate_, ungate_
 
@@ -123,5 +123,5 @@ def finish_search_(model: nn.Module, choice: Mapping[str, Sequence[int]]) -> Rep
     for chain in space.chains.values():
         prepare_followers_(chain)
     delattr(model, NAME)
-    return ReplacementReport(with_layers(rows, {place.name: layer for place, layer in layers.items()}),
-                             dict(plan=f'{space.plan}'))
+    added = {place.name: layer.own_parameters().values() for place, layer in layers.items()}
+    return ReplacementReport(with_added(rows, added), dict(plan=f'{space.plan}'))

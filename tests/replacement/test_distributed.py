@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from rl_mmdet.replacement import computing_layers, replace_blocks_, set_step_
 
 WORLD, STEPS = 2, 10
-RUNS = {'FullBlock': True, 'SlimBlock': True, 'FullBlock drawn': False, 'SlimBlock drawn': False}
+RUNS = {'FullBlock': True, 'FullBlock only': True, 'SlimBlock': True, 'FullBlock drawn': False,
+        'SlimBlock drawn': False}
 """Whether the steps are counted; else each process draws for itself."""
 
 
@@ -30,7 +31,7 @@ def train(run: str, rank: int, world: int) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(*(Block() for _ in range(6))))
     replace_blocks_(model, dict(plan=dict(type='EveryKth', k=2), gradient=dict(every=4),
-                                operator=dict(type=run.split()[0])))
+                                operator=dict(type=run.split()[0], **(dict(only='conv1') if 'only' in run else {}))))
     model = model.double().eval()  # or each process has its own statistics
     replica = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)

@@ -142,6 +142,37 @@ def test_a_baseline_whose_convolutions_make_buffers_as_they_load(randomise_):
             assert torch.equal(net.state_dict()[key.replace('layer3.2.', 'layer3.2.replaced.')], value), key
 
 
+# Blocks of which some submodules are replaced
+
+def test_a_block_shares_its_own_tensors_with_the_layer_beside_it(toy, toy_net, image, randomise_, assert_same_state):
+    net, other = (randomise_(toy(operator=dict(type='FullBlock', only='conv2')), seed=seed) for seed in (1, 2))
+    plain = toy_net()
+    assert {name for name, _ in net.named_parameters()} == {
+        *(name for name, _ in plain.named_parameters()), *(f'{name}.replaced.coeff' for name in OPEN)}
+    assert {key.rpartition('.')[2] for key in net.state_dict().keys() - plain.state_dict().keys()} == {
+        'coeff', 'running_mean', 'running_var', 'num_batches_tracked'}
+    other.load_state_dict(net.state_dict())
+    assert_same_state(other.state_dict(), net.state_dict())
+    other.load_state_dict(randomise_(plain, seed=3).state_dict())
+    assert torch.equal(other.layer2[2].replaced.conv1.weight, plain.layer2[2].conv1.weight)
+    net.search_space.set_gates([True, False, True, True, False])
+    objects = {name: parameter for name, parameter in net.named_parameters() if not name.endswith('coeff')}
+    searching = net(image)
+    net.zero_grad()
+    searching.square().sum().backward()
+    searched = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    finish_search_(net, CHOICE)
+    assert set(net.state_dict()) == set(toy(CHOICE, operator=dict(type='FullBlock', only='conv2')).state_dict())
+    assert all(parameter is objects[name] for name, parameter in net.named_parameters() if not name.endswith('coeff'))
+    net.zero_grad()
+    out = net(image)
+    torch.testing.assert_close(out, searching)
+    out.square().sum().backward()
+    for name, parameter in net.named_parameters():
+        key = name.replace('.coeff', '.replaced.coeff')
+        torch.testing.assert_close(parameter.grad, searched[key], msg=name)
+
+
 # The end of the search
 
 def test_finish_is_the_ordinary_replaced_model_with_the_same_tensors(case, randomise_, as_replaced, step, assert_close,

@@ -16,9 +16,11 @@ class Operator:
         repeatable: a second forward run costs next to nothing and changes nothing, so that outputs can be made again
             in backward.
         light: it computes less than the block it stands for.
+        only: names of the submodules that are replaced, where it isn't the whole block.
     """
     repeatable = False
     light = False
+    only: tuple[str, ...] = ()
 
     def why_not(self, block: nn.Module) -> str | None:
         """Why it can't stand for ``block``; None if it can."""
@@ -27,6 +29,10 @@ class Operator:
     def needs(self, block: nn.Module) -> dict[str, Shape]:
         """The tensors of ``block`` that it needs, by name, and in which shape :meth:`read` gives them; here all."""
         return {name: tuple(parameter.shape) for name, parameter in all_parameters(block)}
+
+    def untouched(self, block: nn.Module) -> frozenset[str]:
+        """Names of the tensors of ``block`` that stay its own and learn as ever; here none."""
+        return frozenset()
 
     def read(self, tensor: Tensor, shape: Shape) -> Tensor:
         """What it needs of a tensor of a kept block, before the fusion: here the leading part of that ``shape``."""

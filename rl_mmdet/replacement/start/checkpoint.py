@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..computing_layer import ComputingLayer, computing_layers, loads_its_own_way
+from ..computing_layer import ComputingLayer, computing_layers
 from ..fusions import Fit, Pair
 from ..resize import Shape
+from ..template import loads_its_own_way
 
 logger = logging.getLogger('rl_mmdet')
 
@@ -109,13 +110,14 @@ def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: An
 
 
 def _with_copies(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """With a copy of a block's tensors for the provisional layer inside it, unless that has some there."""
+    """With a copy of a block's tensors for the provisional layer inside it; of those it shares, if it has others."""
     copies = {}
     for name, layer in computing_layers(model).items():
         block = f'{prefix}{name.rpartition(".")[0]}.'
-        if layer.provisional and not any(key.startswith(f'{prefix}{name}.') for key in state_dict):
+        if layer.provisional:
+            has_some = any(key.startswith(f'{prefix}{name}.') for key in state_dict)
             copies |= {f'{prefix}{name}.{key[len(block):]}': value for key, value in state_dict.items()
-                       if key.startswith(block)}
+                       if key.startswith(block) and (not has_some or key[len(block):] in layer.untouched)}
     return state_dict | copies
 
 

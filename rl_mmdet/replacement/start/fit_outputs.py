@@ -110,7 +110,7 @@ def fit_layers_(layers: Mapping[str, ComputingLayer], batches: Sequence[Any], st
     Returns:
         What is left unexplained.
     """
-    names = {name: [value for value in layer._parameters.values() if value is not None and value.requires_grad]
+    names = {name: [value for value in layer.own_parameters().values() if value.requires_grad]
              for name, layer in layers.items()}
     parameters = [parameter for own in names.values() for parameter in own]
     start = [parameter.clone() for parameter in parameters]
