@@ -6,8 +6,22 @@ pytestmark = pytest.mark.gpu
 
 SCALE = 65536.
 """Loss scale that MMEngine's AmpOptimWrapper begins with."""
+SIZE = 64.
+"""By what weights and statistics are larger than usual, which changes no output."""
 LARGEST = 8192.
-"""Of the scaled gradients of weights: near the largest number in fp16, 65504, so that sums in fp16 would overflow."""
+"""Of the scaled gradients of folded weights: so near to the largest number in fp16, 65504, that their inner products
+with the weights are beyond it."""
+
+
+@torch.no_grad()
+def enlarged(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight is not None:
+            module.weight.mul_(SIZE)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.mul_(SIZE)
+            module.running_var.mul_(SIZE ** 2)
+    return model
 
 
 def outcome(model, x, step, dtype, scale):
@@ -21,21 +35,19 @@ def outcome(model, x, step, dtype, scale):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bf16', 'fp16'])
 @pytest.mark.parametrize('operator', ['FullBlock', 'SlimBlock'])
 def test_mixed_precision_with_a_loss_scale(operator, dtype, layout, build, step, image, device, distance):
-    if False:
-        pytest.skip('a rehearsal on the CPU leaves this out')
     x = image.to(device).to(memory_format=layout)
     exact, plain, folded = (
-        build('r50', operator=dict(type=operator), gradient=dict(every=1), base_channels=16, fold_norm=fold).to(
-            device, memory_format=layout) for fold in (False, False, True))
+        enlarged(build('r50', operator=dict(type=operator), gradient=dict(every=1), base_channels=16, fold_norm=fold))
+        .to(device, memory_format=layout) for fold in (False, False, True))
     expected = outcome(exact, x, step, None, 1.)
-    largest = max(value.abs().max().item() for name, value in expected.items() if name.endswith('weight'))
-    factor = LARGEST / (SCALE * largest)  # of the loss
+    largest = max(value.abs().max().item() for name, value in expected.items() if value.ndim == 4 and 'grad' in name)
+    factor = LARGEST / (SCALE * SIZE * largest)  # of the loss
     wanted, actual = (outcome(model, x, step, dtype, SCALE * factor) for model in (plain, folded))
     for name in expected:
         assert torch.isfinite(wanted[name]).all(), f'{name} without folding'
         assert torch.isfinite(actual[name]).all(), name
     error, usual = (distance(found, expected) for found in (actual, wanted))
-    assert error <= 1.5 * usual
+    assert error <= 3 * usual
     assert usual < 0.2
 
 

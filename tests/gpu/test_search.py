@@ -63,3 +63,21 @@ def test_beginning_and_drawing_change_no_random_numbers(searched, device):
     before = states()
     begin_search(searched, STEPS).sample()
     assert all(map(torch.equal, states(), before))
+
+
+def test_gates_have_their_gradients_in_half_precision(build, image, device):
+    """They are sums over whole maps, far beyond the largest number in fp16."""
+    gradients, scale = [], 1.
+    for dtype in (torch.float32, torch.float16):
+        model = build('r50', **copy.deepcopy(SEARCHES['LearnedPlan']), fold_norm=True).to(device)
+        search = begin_search(model, STEPS)
+        search.sample()
+        with torch.autocast(device.type, torch.float16, enabled=dtype is torch.float16):
+            outs = model(image.to(device))
+        (scale * sum(out.float().square().mean() for out in outs)).backward()
+        gradients.append(torch.stack([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                                      for leaf in search.leaves]).double() / scale)
+        scale = 300_000 / gradients[0].abs().max().item()
+    exact, half = gradients
+    assert torch.isfinite(half).all()
+    assert (half - exact).norm() < 0.1 * exact.norm()

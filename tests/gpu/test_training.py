@@ -39,15 +39,16 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, max_ke
 train_cfg = dict(max_epochs=2)
 optim_wrapper = dict(constructor='RLOptimWrapperConstructor')
 '''
-REPLACED = "model['backbone'].update(fold_norm={fold}, replacement=dict(plan=dict(type='EveryKth', k=2){more}))\n"
+REPLACED = "model['backbone'].update(fold_norm=True, replacement=dict(plan=dict(type='EveryKth', k=2){more}))\n"
 SEARCHED = '''
 custom_hooks = [dict(type='SearchHook', interval=2), dict(type='RecalibrateNormsHook', num_batches=2)]
 model['backbone'].update({setting})
 '''
 RUNS = {
-    'RL-v1': REPLACED.format(fold=True, more=''),
-    'RL-v2': REPLACED.format(fold=True, more=", operator=dict(type='SlimBlock')"),
-    'LearnedPlan': SEARCHED.format(setting="replacement=dict(plan=dict(type='LearnedPlan', budget=dict(params=0.8), iters=15))"),
+    'RL-v1': REPLACED.format(more=''),
+    'RL-v2': REPLACED.format(more=", operator=dict(type='SlimBlock')"),
+    'LearnedPlan': SEARCHED.format(
+        setting="replacement=dict(plan=dict(type='LearnedPlan', budget=dict(params=0.8), iters=15))"),
     'SWR': SEARCHED.format(setting="transfer=dict(type='SWR', budget=0.1, iters=15)"),
 }
 """Two epochs of ten iterations; a search is one of 15, so that it is resumed in its middle."""
