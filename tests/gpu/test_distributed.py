@@ -42,7 +42,7 @@ def train(operator: str, device: torch.device, replicate: bool) -> nn.Module:
 
 def test_parameters_after_each_block_has_learned_once(tmp_path, device):
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
-    subprocess.run([sys.executable, __file__, tmp_path, device.type], check=True, timeout=90,
+    subprocess.run([sys.executable, __file__, tmp_path, device.type], check=True, timeout=80,
                    env=dict(NCCL_SOCKET_IFNAME='lo', GLOO_SOCKET_IFNAME='lo') | os.environ | dict(PYTHONPATH=paths))
     for operator in OPERATORS:
         replicated = torch.load(tmp_path / f'{operator}.pt', map_location='cpu')

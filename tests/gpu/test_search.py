@@ -38,7 +38,7 @@ def advance(search, x, steps):
 
 
 def test_resumed_from_a_state_on_the_device_it_goes_on_as_if_never_interrupted(searched, image, device):
-    model, x = searched, image.to(device)
+    model, x = searched.double(), image.double().to(device)
     search = begin_search(model, STEPS)
     advance(search, x, 5)
     file = io.BytesIO()
