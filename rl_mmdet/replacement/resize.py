@@ -76,14 +76,15 @@ def _kernel(weight: Tensor, sizes: Shape) -> Tensor:
         return weight
     for axis, (old, new) in enumerate(zip(given, sizes, strict=True), start=2):
         if new < old:
-            weight = (weight.movedim(axis, -1) @ _areas(old, new).to(weight)).movedim(-1, axis)
+            weight = (weight.movedim(axis, -1) @ _areas(old, new, weight)).movedim(-1, axis)
     margins = [max(0, new - old) for old, new in zip(given, sizes, strict=True)]
     return F.pad(weight, [side for margin in reversed(margins) for side in (margin // 2, margin - margin // 2)])
 
 
-def _areas(old: int, new: int) -> Tensor:
+def _areas(old: int, new: int, like: Tensor) -> Tensor:
     """(old, new): how much of each of ``old`` equal parts of a line lies in each of ``new`` equal parts."""
-    parts, areas = torch.arange(old, dtype=torch.float64)[:, None], torch.arange(new, dtype=torch.float64) * old / new
+    parts = torch.arange(old, dtype=like.dtype, device=like.device)[:, None]
+    areas = torch.arange(new, dtype=like.dtype, device=like.device) * old / new
     return (torch.minimum(parts + 1, areas + old / new) - torch.maximum(parts, areas)).clamp(min=0)
 
 

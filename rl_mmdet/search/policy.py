@@ -69,7 +69,7 @@ class Policy:
         self.saves = bool(weights.sum() < 0)
         self.generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all devices
             self.table = descriptors(units)
             self.network = PolicyNetwork(len(units), self.table.shape[1])
         own, *shared = self.network.parameters()

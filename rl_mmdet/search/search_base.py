@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..replacement.checks import check_number
 from .policy import Policy
@@ -76,4 +77,4 @@ class Search:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave; a ValueError if it is of another model or number of steps."""
-        self.policy.load_state_dict(state['policy'])
+        self.policy.load_state_dict(tree_map_only(Tensor, Tensor.cpu, state['policy']))  # resuming puts it on the GPU
