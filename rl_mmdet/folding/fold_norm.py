@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
-from .folded_convolution import Batch, Folded, FoldedConvolution, Pair, Settings, row_length
+from .folded_convolution import Batch, Folded, FoldedConvolution, Pair, Settings, in_order
 from .pairs import find_pairs
 
 MARK = '_norm_is_done'
@@ -136,7 +136,7 @@ class _Together:
     """Convolutions of one kind that are folded when the first of them runs."""
 
     def __init__(self, convs: list[FoldingConv2d]) -> None:
-        self.convs = sorted(convs, key=lambda conv: row_length(conv.weight))
+        self.convs = sorted(convs, key=lambda conv: in_order(conv.weight))
         self.folded: dict[torch.dtype, dict[FoldingConv2d, tuple[Folded, Callable[[], Tensor]]]] = {}
 
     def fold(self, conv: FoldingConv2d, dtype: torch.dtype) -> tuple[Folded, Callable[[], Tensor]]:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+BIG = 1_000_000
+"""A weight of this size is scaled alone: to join it with others takes longer than to launch an operation."""
+
 
 class Settings(NamedTuple):
     """How a convolution goes over its map: in the order in which torch's functions take it."""
@@ -56,7 +59,7 @@ class Batch:
     """Pairs of one kind that are folded together, in forward and again in backward: W' isn't kept.
 
     Args:
-        pairs: sorted by the length of an output channel's weights.
+        pairs: sorted by their weights, see :func:`in_order`.
         eps: ε of their norms.
         dtype: of W'.
 
@@ -212,18 +215,22 @@ def _last(weight: Tensor) -> bool:
 
 
 def _groups(weights: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], slice]]:
-    """Weights whose output channels are of one length, and where these channels are among all."""
+    """Weights whose output channels are of one length, big ones alone, and where these channels are among all."""
+    def kind(numbered: tuple[int, Tensor]) -> tuple[int, int]:
+        index, weight = numbered
+        return weight[0].numel(), index if weight.numel() >= BIG else -1
+
     channel = 0
-    for _, same in groupby(weights, row_length):
-        group = list(same)
+    for _, same in groupby(enumerate(weights), kind):
+        group = [weight for _, weight in same]
         size = sum(map(len, group))
         yield group, slice(channel, channel + size)
         channel += size
 
 
-def row_length(weight: Tensor) -> int:
-    """How many weights an output channel has."""
-    return weight[0].numel()
+def in_order(weight: Tensor) -> tuple[int, int]:
+    """A key for sorting: how many weights an output channel has, then how many there are."""
+    return weight[0].numel(), weight.numel()
 
 
 def _joined_rows(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
