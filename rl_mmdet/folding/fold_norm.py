@@ -8,6 +8,9 @@ for the convolution and its output for γ; here x alone is kept, and W' is made 
 .. math:: ∂W = ∂W'\,γ/σ, \quad ∂γ_o = ⟨∂W'_o, W_o⟩/σ_o + ∂b'_o (c_o - μ_o)/σ_o, \quad ∂β = ∂b', \quad
           ∂c = ∂b'\,γ/σ, \qquad ∂W' = x \star ∂y, \quad ∂b' = \sum ∂y
 
+A run of the model folds 32 convolutions at a time, those alike in a few tensor operations together; one that an
+activation checkpoint runs, or that runs by another way than the model's forward, folds alone.
+
 A convolution that folds gives the norm's output, and the norm hands it on. Both are what they were in all else: state
 dict, ``isinstance``, copies. They compute as before without gradient, while the norm trains, when compiled, traced or
 exported, and once one of the two was exchanged (SyncBatchNorm conversion, ``fuse_conv_bn``).
@@ -16,18 +19,24 @@ Source: training on folded weights is the Tune mode of "Efficient ConvBN Blocks 
 arXiv 2305.11624 (``efficient_conv_bn_eval`` of MMCV and MMEngine); it leaves backward to autograd, which keeps W', too.
 """
 from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.checkpoint import checkpoint
 
+from .folded_convolution import Batch, Folded, FoldedConvolution, Pair, Settings, in_order
 from .pairs import find_pairs
 
 MARK = '_norm_is_done'
 """Attribute of a convolution's output on its way to the norm that was folded into the convolution."""
+TOGETHER, WEIGHTS = 32, 10_000_000
+"""How many convolutions, and with how many weights, are folded together at most: their folded weights are alive at
+once, and all gradients of these are there before DDP can send the first one's."""
 
 
 def fold_norm_(model: nn.Module, runs: Callable[[nn.Module], nn.Module | None] | None = None) -> list[str]:
@@ -59,12 +68,21 @@ def fold_norm_(model: nn.Module, runs: Callable[[nn.Module], nn.Module | None] |
                 module.plain_class = type(module)
                 module.__class__ = _class_that_folds(module)
             module.place_of_other = (model.get_submodule(parent), key)  # in a tuple it is no child
+    insides = [] if runs is None else [inside for inside in map(runs, model.modules()) if inside is not None]
+    for root in (model, *insides):
+        if _begin_run not in root._forward_pre_hooks.values():
+            root.register_forward_pre_hook(_begin_run)
+            root.register_forward_hook(_end_run, always_call=True)
     return list(pairs)
 
 
 def unfold_norm_(model: nn.Module) -> None:
     """Undo :func:`fold_norm_`, in place; nothing happens to a model without folds."""
     for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_begin_run, _end_run)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
         if isinstance(module, _Paired):
             module.__class__ = module.plain_class
             del module.plain_class, module.place_of_other
@@ -93,16 +111,94 @@ class _Paired:
 class FoldingConv2d(_Paired, nn.Conv2d, _ConvNd):  # the last for mmengine's initialisers: they look at direct bases
     """A convolution that folds the norm behind it where that is possible, and gives the norm's output then."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not _may_fold(x):
-            return super().forward(x)
+    def norm(self) -> Any:
+        """The norm that it can fold; None where there is none."""
         norm = self.other()
-        if norm is None or not norm.has_fixed_statistics():
+        return norm if norm is not None and norm.has_fixed_statistics() else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _may_fold(x) or self.norm() is None:
             return super().forward(x)
-        out = FoldedConvolution.apply(x, self.weight, self.bias, norm.weight, norm.bias, norm.running_mean,
-                                      norm.running_var, norm.eps, _Settings.of(self))
+        weight, device = self.weight, x.device.type
+        cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
+        run, alone, made = _RUN.get(), _is_checkpointed(), not isinstance(weight, nn.Parameter)
+        others = None if alone or run is None else run.together.get(self)
+        folded, again = (others or _Together([self])).fold(self, dtype)
+        out = FoldedConvolution.apply(x.to(dtype) if cast else x, *folded,
+                                      Settings(self.stride, self.padding, self.dilation, self.groups),
+                                      None if alone or made and not weight.requires_grad else again)
         setattr(out, MARK, True)
         return out
+
+
+class _Together:
+    """Convolutions of one kind that are folded when the first of them runs."""
+
+    def __init__(self, convs: list[FoldingConv2d]) -> None:
+        self.convs = sorted(convs, key=lambda conv: in_order(conv.weight))
+        self.folded: dict[torch.dtype, dict[FoldingConv2d, tuple[Folded, Callable[[], Tensor]]]] = {}
+
+    def fold(self, conv: FoldingConv2d, dtype: torch.dtype) -> tuple[Folded, Callable[[], Tensor]]:
+        """A convolution's folded weights, and what makes its W' again."""
+        if conv not in self.folded.get(dtype, ()):
+            batch = Batch([_pair(each) for each in self.convs], conv.norm().eps, dtype)
+            self.folded[dtype] = {each: (folded, partial(batch.kernel_again, index))
+                                  for index, (each, folded) in enumerate(zip(self.convs, batch.fold(), strict=True))}
+        return self.folded[dtype].pop(conv)
+
+
+class _Run(NamedTuple):
+    """One run of a model, or of what a computing layer runs; ``outer`` is the run in which it takes place."""
+    root: nn.Module
+    together: dict[nn.Module, _Together]
+    outer: '_Run | None'
+
+
+_RUN: ContextVar[_Run | None] = ContextVar('_RUN', default=None)
+
+
+def _begin_run(root: nn.Module, _: Any) -> None:
+    """Forward pre-hook: find out which convolutions are to be folded together."""
+    if torch.compiler.is_compiling():
+        return
+    outer = _RUN.get()
+    if outer is not None and outer.root is root:  # it never ended
+        outer = outer.outer
+    known = {} if outer is None else outer.together
+    kinds: dict[tuple, list[FoldingConv2d]] = {}
+    for conv in root.modules() if _is_ordinary_run() and not _is_checkpointed() else ():
+        if isinstance(conv, FoldingConv2d) and conv not in known and conv._parameters.get('weight') is not None:
+            norm = conv.norm()
+            if norm is not None:
+                kinds.setdefault((norm.eps, *_pair(conv).kind), []).append(conv)
+    parts = [_Together(part) for convs in kinds.values() for part in _parts(convs)]
+    _RUN.set(_Run(root, known | {conv: part for part in parts for conv in part.convs}, outer))
+
+
+def _end_run(root: nn.Module, *_: Any) -> None:
+    """Forward hook."""
+    run = None if torch.compiler.is_compiling() else _RUN.get()
+    if run is not None and run.root is root:
+        _RUN.set(run.outer)
+
+
+def _parts(convs: list[FoldingConv2d]) -> list[list[FoldingConv2d]]:
+    """Consecutive ones, at most ``TOGETHER`` of them and, where there are several, ``WEIGHTS`` weights."""
+    parts: list[list[FoldingConv2d]] = []
+    size = 0
+    for conv in convs:
+        size += conv.weight.numel()
+        if not parts or len(parts[-1]) == TOGETHER or size > WEIGHTS:
+            parts.append([])
+            size = conv.weight.numel()
+        parts[-1].append(conv)
+    return parts
+
+
+def _pair(conv: FoldingConv2d) -> Pair:
+    norm = conv.norm()
+    return Pair(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
 class _FoldedNorm(_Paired):
@@ -152,104 +248,17 @@ def _class_that_folds(module: nn.Module) -> type | None:
 
 
 def _may_fold(x: Any) -> bool:
-    """Whether this is an ordinary run with gradient; the same for a convolution and its norm."""
-    return not (torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_meta
+    """The same for a convolution and its norm."""
+    return _is_ordinary_run() and not x.is_meta
+
+
+def _is_ordinary_run() -> bool:
+    """Whether it is one with gradient."""
+    return not (torch.compiler.is_compiling() or not torch.is_grad_enabled()
                 or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
 
 
-class _Settings(NamedTuple):
-    """How a convolution goes over its map: in the order in which torch's functions take it."""
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> '_Settings':
-        return cls(conv.stride, conv.padding, conv.dilation, conv.groups)
-
-    def backward(self, grad: Tensor, inputs: Tensor, kernel: Tensor, wanted: tuple[bool, bool]
-                 ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the convolution's input and weight, those that are wanted."""
-        return torch.ops.aten.convolution_backward(
-            grad, inputs, kernel, None, self.stride, self.padding, self.dilation, False, (0, 0), self.groups,
-            (*wanted, False))[:2]
-
-
-class FoldedConvolution(torch.autograd.Function):
-    """See the module's text.
-
-    Inputs: x; weight and bias of the convolution and of the norm, running mean and variance; ε; and the convolution's
-    settings. Under autocast it computes in that dtype, as a convolution does, from weights folded before.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-                mean: Tensor, var: Tensor, eps: float, conv: _Settings) -> Tensor:
-        device = x.device.type
-        cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
-        with torch.autocast(device, enabled=False):
-            kernel, shift = _fold(weight, bias, gamma, beta, mean, var, eps)
-            inputs = x.to(dtype) if cast else x
-            out = torch.conv2d(inputs, kernel.to(dtype), shift.to(dtype), *conv)
-        ctx.eps, ctx.conv, ctx.shape, ctx.dtype = eps, conv, x.shape, x.dtype
-        _, for_weight, _, for_gamma, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(inputs if for_weight or for_gamma else None, weight, bias, gamma, mean, var)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        inputs, weight, bias, gamma, mean, var = ctx.saved_tensors
-        for_x, for_weight, for_bias, for_gamma, for_beta = ctx.needs_input_grad[:5]
-        with torch.autocast(grad.device.type, enabled=False):
-            inverse, scale = _scales(gamma, var, ctx.eps)
-            grad_x, grad_kernel = _convolution_backward(ctx, grad, inputs, weight, scale, for_x)
-            grad_shift = grad.sum((0, 2, 3), dtype=scale.dtype) if for_bias or for_gamma or for_beta else None
-            grad_gamma = None
-            if for_gamma:
-                product = (grad_kernel * weight).sum((1, 2, 3))
-                grad_gamma = (inverse * (product + grad_shift * _offset(bias, mean))).to(gamma.dtype)
-            return (grad_x, _scaled(grad_kernel, scale).to(weight.dtype) if for_weight else None,
-                    (grad_shift * scale).to(bias.dtype) if for_bias else None, grad_gamma,
-                    grad_shift if for_beta else None, None, None, None, None)
-
-
-def _convolution_backward(ctx: Any, grad: Tensor, inputs: Tensor | None, weight: Tensor, scale: Tensor,
-                          for_x: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and of the folded weight, the second if the inputs were kept for it."""
-    kernel = (_scaled(weight, scale) if for_x else weight).to(grad.dtype)
-    if inputs is None:
-        if not for_x:
-            return None, None
-        layout = torch.channels_last if grad.is_contiguous(memory_format=torch.channels_last) else \
-            torch.contiguous_format
-        like = grad.new_empty(()).expand(ctx.shape)  # only its shape matters
-        grad_x, _ = ctx.conv.backward(grad, like, kernel.contiguous(memory_format=layout), (True, False))
-        return grad_x.to(ctx.dtype), None
-    grad_x, grad_kernel = ctx.conv.backward(grad, inputs, kernel, (for_x, True))
-    return grad_x.to(ctx.dtype) if for_x else None, grad_kernel.to(scale.dtype)
-
-
-def _fold(weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor,
-          eps: float) -> tuple[Tensor, Tensor]:
-    """W' and b'; see the module's text."""
-    _, scale = _scales(gamma, var, eps)
-    shift = scale * _offset(bias, mean)
-    return _scaled(weight, scale), shift if beta is None else shift + beta
-
-
-def _scales(gamma: Tensor | None, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """1/σ and γ/σ, in float32 or better."""
-    inverse = (var if var.dtype == torch.float64 else var.float()).add(eps).rsqrt()
-    return inverse, inverse if gamma is None else inverse * gamma
-
-
-def _offset(bias: Tensor | None, mean: Tensor) -> Tensor:
-    """c - μ."""
-    return -mean if bias is None else bias - mean
-
-
-def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight * scale.view(-1, 1, 1, 1)
+def _is_checkpointed() -> bool:
+    """Whether this runs in an activation checkpoint, for the first time or again: both must keep the same."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return bool(hooks) and getattr(hooks[0], '__module__', '') == checkpoint.__module__

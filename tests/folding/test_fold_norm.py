@@ -182,6 +182,73 @@ def test_what_cant_be_done_raises(pair):
             out.sum().backward()
 
 
+# Several convolutions folded together
+
+class Branches(nn.Module):
+    """Convolutions with norms: weights of several sizes, with and without biases, some frozen; one may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8)).requires_grad_(False)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                                  nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6, affine=False))
+        self.side = nn.Sequential(nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
+        self.alone = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.body(x) if self.alone else self.body(x) + self.side(x)
+
+
+@pytest.fixture
+def branches(randomise_):
+    def build() -> nn.Module:
+        return randomise_(Branches()).double().eval()
+    return build
+
+
+@pytest.mark.parametrize('change', [
+    lambda model: model, lambda model: setattr(model, 'alone', True), lambda model: model.body[1].requires_grad_(False),
+    lambda model: setattr(model, 'body', Checkpointed(*model.body)), lambda model: model.side[1].train(),
+    lambda model: model.to(memory_format=torch.channels_last)],
+    ids=['all', 'one_not_run', 'norm_frozen', 'one_checkpointed', 'norm_trains', 'channels_last'])
+def test_folded_together_gradients_equal_plain_autograd(branches, change):
+    """In a second step, too, after the weights have changed in place."""
+    plain, model, image = branches(), branches(), picture()
+    assert len(fold_norm_(model)) == 4
+    for net in (plain, model):
+        change(net)
+    for _ in range(2):
+        assert_equal(results(model, image), results(plain, image))
+        with torch.no_grad():
+            for net in (plain, model):
+                for tensor in net.state_dict().values():
+                    tensor.mul_(2)
+
+
+def test_folded_together_in_autocast(branches):
+    model, image = branches().float(), picture().float()
+    expected = results(model, image)
+    with torch.autocast('cpu', torch.bfloat16):
+        plain = results(model, image)
+        fold_norm_(model)
+        folded = results(model, image)
+    for name, value in expected.items():
+        assert folded[name].dtype == plain[name].dtype
+        assert (folded[name] - value).norm() < 3 * (plain[name] - value).norm() + 1e-3 * value.norm(), name
+
+
+def test_after_a_run_that_failed_parts_compute_with_the_weights_of_now(branches):
+    plain, model, image = branches(), branches(), picture()
+    fold_norm_(model)
+    with pytest.raises(RuntimeError):
+        model(picture(channels=5))
+    model(image)
+    for net in (plain, model):
+        net.stem[0].weight.data.mul_(2)
+    assert_equal(results(model.stem, image), results(plain.stem, image))
+
+
 # What others do with the model
 
 def test_unfolded_it_is_as_before(pair, assert_same_state):

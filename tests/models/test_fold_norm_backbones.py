@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rl_mmdet.analysis import saved_bytes
 from rl_mmdet.folding import unfold_norm_
@@ -66,6 +67,25 @@ def test_about_half_is_kept(in_mode):
         model = in_mode(RLResNet(50, norm_eval=True, frozen_stages=1, fold_norm=fold_norm), True)
         kept.append(saved_bytes(model, lambda model=model: model(torch.zeros(1, 3, 128, 128))))
     assert 0.4 * kept[0] < kept[1] < 0.6 * kept[0]
+
+
+class Calls(TorchDispatchMode):
+    """Counts tensor operations, of which views cost nothing on a GPU."""
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += not func.is_view and func.__name__ not in ('empty.memory_format', '_unsafe_view.default')
+        return func(*args, **(kwargs or {}))
+
+
+def test_about_as_many_kernels_are_launched(build, image):
+    counts = []
+    for fold_norm in (False, True):
+        model = build('frozen_stages', fold_norm=fold_norm)
+        with Calls() as calls:
+            sum(out.sum() for out in model(image)).backward()
+        counts.append(calls.count)
+    assert counts[1] < 1.4 * counts[0]
 
 
 def test_detectors_second_way_forward(randomise_, image):
