@@ -108,9 +108,23 @@ def test_check_names_the_cause_when_a_dependency_of_a_package_is_missing(depende
         dependencies.check_dependencies()
 
 
-def test_import_of_rl_mmdet_without_mmdet_fails_with_one_clear_error():
-    code = "import sys; sys.modules['mmdet'] = None; import rl_mmdet"
-    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+def run_without(packages, code):
+    """Run code in a process of its own, in which these packages can't be imported."""
+    missing = f'import sys; sys.modules.update(dict.fromkeys({packages!r})); '
+    return subprocess.run([sys.executable, '-c', missing + code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_method_works_with_torch_and_mmengine_alone():
+    packages = ['mmdet', 'mmcv', 'timm', 'torchvision', 'scipy', 'sklearn', 'safetensors']
+    result = run_without(packages, 'from rl_mmdet.replacement import find_chains; from torch import nn; '
+                         'unit = lambda: nn.TransformerEncoderLayer(4, 1, 4); '
+                         'print(list(find_chains(nn.Sequential(nn.Sequential(unit(), unit(), unit())))))')
+    assert result.stdout == "['0']\n", result.stderr
+
+
+@pytest.mark.parametrize('code', ['from rl_mmdet import analysis, engine', 'import rl_mmdet; rl_mmdet.models.RLResNet'])
+def test_what_needs_mmdet_fails_without_it_with_one_clear_error(code):
+    result = run_without(['mmdet'], code)
     assert result.returncode == 1
     assert 'ImportError: rl_mmdet needs mmengine' in result.stderr
     assert '  - mmdet: not installed' in result.stderr

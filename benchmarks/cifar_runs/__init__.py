@@ -1,0 +1,1 @@
+"""CIFAR-10 as the papers used it, small: networks with and without replaced blocks, trained alike."""
