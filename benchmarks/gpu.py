@@ -109,8 +109,9 @@ RESULT = re.compile(r'(PASSED|FAILED|SKIPPED|ERROR)\s+(tests/\S+::.*)|(tests/\S+
 
 def run_checks(args: argparse.Namespace, clock: Clock) -> None:
     """The tests marked gpu, as far as they come in time."""
+    spread = ['-n', str(args.jobs), '--dist', 'worksteal'] if args.jobs > 1 else ['-p', 'no:xdist']
     command = [sys.executable, '-m', 'pytest', '-v', '-rfEs', '-p', 'no:cacheprovider', '-m', 'gpu', '--tb=short',
-               *(['-n', str(args.jobs)] if args.jobs > 1 else ['-p', 'no:xdist']), 'tests/gpu', *shlex.split(args.pytest)]
+               *spread, 'tests/gpu', *shlex.split(args.pytest)]
     limit, began = max(20., min(clock.left(), args.checks_minutes * 60)), time.monotonic()
     environ = dict(os.environ) | (dict(RL_MMDET_TEST_DEVICE='cpu') if args.device == 'cpu' else {})
     log = args.out / 'gpu_checks.log'
