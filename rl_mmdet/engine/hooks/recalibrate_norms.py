@@ -2,10 +2,10 @@
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -57,8 +57,8 @@ class RecalibrateNormsHook(Hook):
 
 
 def _feature_extractor(model: nn.Module) -> Callable[[dict], None]:
-    """A function that sends a batch through the model, or through each detector in it that has stale norms."""
-    detectors = inner_detectors(model, stale_norms)
+    """A function that sends a batch through each detector in the model that has stale norms; else through the model."""
+    detectors = inner_detectors(model, stale_norms) or {'': model}  # such as mmpretrain's classifiers
 
     def run(batch: dict) -> None:
         inputs = model.data_preprocessor(batch, True)['inputs']
