@@ -86,6 +86,10 @@ setup(
             'mmcv>=2.0.0',
             'mmengine>=0.10.0',
         ],
+        # For configs/pretrain, beside `onedl`; beside `openmmlab` its like is mmpretrain>=1.2.
+        'pretrain': [
+            'onedl-mmpretrain>=1.3',
+        ],
     },
     zip_safe=False,
 )
