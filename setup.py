@@ -86,7 +86,7 @@ setup(
             'mmcv>=2.0.0',
             'mmengine>=0.10.0',
         ],
-        # For configs/pretrain, beside `onedl`; beside `openmmlab` its like is mmpretrain>=1.2.
+        # For configs/pretrain alone. To go with `openmmlab`, install mmpretrain>=1.2 in its place.
         'pretrain': [
             'onedl-mmpretrain>=1.3',
         ],

@@ -17,6 +17,7 @@ from ..models.layouts import never_pretrained, own_layout, state_dict_of, transl
 from ..replacement import adapt_state_dict
 from ..replacement.start import LoadReport, other_replacement
 from .errors import UserError, first_line
+from .saved_settings import other_operator
 
 
 def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
         UserError: the checkpoint is a replaced model's, and other blocks are replaced here, or in another way; or
             another tensor is missing, left over or of another shape. The first few are named.
     """
-    tensors = state_dict_of(read_checkpoint(path, allow_pickle), prefix, wrapped=translates(model))
+    checkpoint = read_checkpoint(path, allow_pickle)
+    tensors = state_dict_of(checkpoint, prefix, wrapped=translates(model))
     if not tensors:
         raise UserError(f'{path}: holds no tensor' + (f' below {prefix!r}' if prefix else ''))
     try:
@@ -81,6 +83,8 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
     _, report = adapt_state_dict(model, tensors)
     new = _modules_without_pretraining(model) + never_pretrained(model)
     differences = _not_ignored(other_replacement(model, tensors, report, new), ignore)
+    if not differences and not report.fits:
+        differences = other_operator(model, checkpoint)
     if differences:
         raise UserError(f'{path}: it was saved from a model with another replacement: {_first(differences)}. Give both '
                         'models the same replacement, or materialize the checkpoint first (tools/materialize.py)')

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from mmdet.models.backbones import ResNet, SwinTransformer
+from mmengine.config import Config
 
 from rl_mmdet.engine import UserError, check_checkpoint, read_checkpoint
 from rl_mmdet.models import RLResNet, RLSwin
@@ -110,6 +111,22 @@ def test_a_checkpoint_of_another_replacement_is_refused_with_the_difference(save
         check_checkpoint(RLResNet(**here), path)
     assert all(text in str(caught.value) for text in differences)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(('there', 'here', 'complaint'), [
+    (dict(width=0.125), dict(width=0.25),
+     r'the operator is SlimBlock\(width=0.125, scale=0.0\) there and SlimBlock\(width=0.25, scale=0.0\) here'),
+    (dict(width=0.25), dict(width=0.25, scale=1.), None),
+])
+def test_settings_that_no_key_shows_are_compared_with_the_saved_config(save, there, here, complaint):
+    saved, own = (replaced(k=4, operator=dict(SLIM, **settings)) for settings in (there, here))
+    text = Config(dict(model=dict(backbone=dict(saved, type='RLResNet')))).pretty_text
+    path = save(dict(meta=dict(cfg=text), state_dict=RLResNet(**saved).state_dict()))
+    if complaint is None:
+        assert check_checkpoint(RLResNet(**own), path).missing == []
+        return
+    with pytest.raises(UserError, match=f'another replacement: {complaint}'):
+        check_checkpoint(RLResNet(**own), path)
 
 
 def test_a_block_may_differ_where_its_keys_are_ignored(save):
