@@ -86,6 +86,10 @@ setup(
             'mmcv>=2.0.0',
             'mmengine>=0.10.0',
         ],
+        # For configs/pretrain alone. To go with `openmmlab`, install mmpretrain>=1.2 in its place.
+        'pretrain': [
+            'onedl-mmpretrain>=1.3',
+        ],
     },
     zip_safe=False,
 )

@@ -29,8 +29,11 @@ def images_of(model: nn.Module, batch: Mapping[str, Any]) -> list[torch.Tensor]:
 
 
 def feature_extractor(model: nn.Module, wanted: Callable[[nn.Module], object]) -> Callable[[nn.Module, list], None]:
-    """A function that sends images through the wanted detectors in ``model``, or in another model built alike."""
-    names = list(inner_detectors(model, wanted))
+    """A function that sends images through the wanted detectors in ``model``, or in another model built alike.
+
+    A model without a detector, such as a classifier, is run as a whole.
+    """
+    names = list(inner_detectors(model, wanted)) or ['']
 
     def run(whole: nn.Module, inputs: list[torch.Tensor]) -> None:
         for images in inputs:

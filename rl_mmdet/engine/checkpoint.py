@@ -15,8 +15,9 @@ from torch import nn
 
 from ..models.layouts import never_pretrained, own_layout, state_dict_of, translates
 from ..replacement import adapt_state_dict
-from ..replacement.start import LoadReport
+from ..replacement.start import LoadReport, other_replacement
 from .errors import UserError, first_line
+from .saved_settings import other_operator
 
 
 def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
@@ -68,9 +69,11 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
         ignore: regular expressions of keys to leave out on purpose.
 
     Raises:
-        UserError: another tensor is missing, left over or of another shape; the first few are named.
+        UserError: the checkpoint is a replaced model's, and other blocks are replaced here, or in another way; or
+            another tensor is missing, left over or of another shape. The first few are named.
     """
-    tensors = state_dict_of(read_checkpoint(path, allow_pickle), prefix, wrapped=translates(model))
+    checkpoint = read_checkpoint(path, allow_pickle)
+    tensors = state_dict_of(checkpoint, prefix, wrapped=translates(model))
     if not tensors:
         raise UserError(f'{path}: holds no tensor' + (f' below {prefix!r}' if prefix else ''))
     try:
@@ -78,26 +81,38 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
     except ValueError as error:
         raise UserError(f'{path}: {error}') from error
     _, report = adapt_state_dict(model, tensors)
-    problems = _unexplained(model, report, ignore)
+    new = _modules_without_pretraining(model) + never_pretrained(model)
+    differences = _not_ignored(other_replacement(model, tensors, report, new), ignore)
+    if not differences and not report.fits:
+        differences = other_operator(model, checkpoint)
+    if differences:
+        raise UserError(f'{path}: it was saved from a model with another replacement: {_first(differences)}. Give both '
+                        'models the same replacement, or materialize the checkpoint first (tools/materialize.py)')
+    problems = _not_ignored(_unexplained(model, report, new), ignore)
     if problems:
-        more = f' and {len(problems) - 4} more' if len(problems) > 4 else ''
-        hint = ('it was saved from a model with another replacement; use the config it was trained with, or '
-                'materialize it first' if any(key.endswith('.coeff') for key in report.left_over)
-                else 'is it from another architecture? To leave tensors out on purpose, add --ignore-keys REGEX')
-        raise UserError(f'{path}: {len(problems)} tensors don\'t fit the model: '
-                        f'{"; ".join(problems[:4])}{more}. {hint}')
+        raise UserError(f'{path}: {len(problems)} tensors don\'t fit the model: {_first(problems)}. Is it from another '
+                        'architecture? To leave tensors out on purpose, add --ignore-keys REGEX')
     return report
 
 
-def _unexplained(model: nn.Module, report: LoadReport, ignore: Sequence[str]) -> list[str]:
-    """One text for each tensor that differs in a way that isn't expected."""
+def _unexplained(model: nn.Module, report: LoadReport, new: tuple[str, ...]) -> dict[str, str]:
+    """A text for each tensor that differs in a way that isn't expected, by key."""
     roots = {name for name, _ in model.named_children()}
-    new = _modules_without_pretraining(model) + never_pretrained(model)
     problems = {key: f'{key} has shape {old}, the model needs {own}' for key, (old, own) in report.mismatched.items()}
     problems.update({key: f'{key} is missing' for key in report.missing if not key.startswith(new)})
     problems.update({key: f'{key} has no place in the model'
                      for key in report.left_over if key.split('.')[0] in roots})
-    return [text for key, text in problems.items() if not any(re.search(pattern, key) for pattern in ignore)]
+    return problems
+
+
+def _not_ignored(texts: Mapping[str, str], ignore: Sequence[str]) -> list[str]:
+    """The texts whose keys match none of the patterns."""
+    return [text for key, text in texts.items() if not any(re.search(pattern, key) for pattern in ignore)]
+
+
+def _first(texts: Sequence[str]) -> str:
+    more = f' and {len(texts) - 4} more' if len(texts) > 4 else ''
+    return '; '.join(texts[:4]) + more
 
 
 def _modules_without_pretraining(model: nn.Module) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The optimizer-wrapper constructors for models with computing layers."""
-from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from ..replacement import computing_layers, find_chains

@@ -21,6 +21,9 @@ from .config import nested_dicts
 from .errors import UserError
 from .search import check_search, searched_module
 
+IMAGE_FOLDERS = ('ImageNet', 'CustomDataset')
+"""mmpretrain's datasets that are a folder of images for each class."""
+
 
 def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> list[str]:
     """Check a config before training: model, checkpoints, data, work dir; then make the digit scenes if it uses them.
@@ -132,6 +135,9 @@ def check_data(cfg: Config, phase: str) -> None:
             _check_path(osp.join(root, node['ann_file']), osp.isfile, f'{phase}_dataloader.dataset.ann_file')
         if 'ann_file' in node and isinstance(prefix, Mapping) and prefix.get('img'):
             _check_path(osp.join(root, prefix['img']), osp.isdir, f'{phase}_dataloader.dataset.data_prefix.img')
+        if node.get('type') in IMAGE_FOLDERS and not isinstance(prefix, Mapping):
+            _check_path(osp.join(root, prefix or node.get('split') or ''), osp.isdir,
+                        f'{phase}_dataloader.dataset.data_root')
     for node in nested_dicts(cfg.get(f'{phase}_evaluator') or {}):
         if node.get('ann_file') and not any(map(_is_digit_scenes, nodes)):
             _check_path(node['ann_file'], osp.isfile, f'{phase}_evaluator.ann_file')

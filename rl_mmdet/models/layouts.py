@@ -107,6 +107,9 @@ def _(module: SwinTransformer, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
                    for key, value in own.items()}
         own = {key.removeprefix('backbone.'): value for key, value in swin_converter(own).items()
                if not key.endswith('attn_mask')}
+    elif any(key.startswith('stages.') for key in own) and not _has_layout_hook(module):
+        raise ValueError("mmdet's SwinTransformer doesn't read its own layout with convert_weights=True; set it to "
+                         'False, or use RLSwin, which reads both')
     for name, attention in module.named_modules():
         if isinstance(attention, WindowMSA):
             _fit_window_(own, name, attention)

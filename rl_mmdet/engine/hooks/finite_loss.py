@@ -2,8 +2,8 @@
 import math
 
 import torch
-from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..errors import NonFiniteLossError

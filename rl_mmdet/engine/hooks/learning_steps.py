@@ -1,6 +1,6 @@
 """Which step of a training comes next, for the replaced blocks that learn in one of several."""
-from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ...replacement import set_step_

@@ -1,6 +1,6 @@
 """The coefficients of the replaced blocks in the training's log."""
-from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ...replacement import computing_layers

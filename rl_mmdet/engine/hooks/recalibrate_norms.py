@@ -1,8 +1,8 @@
 """Fresh BatchNorm statistics for replaced blocks before the first step."""
-from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ...replacement import recalibrate_norms_, stale_norms

@@ -1,12 +1,12 @@
 """A search inside a run: for the blocks to replace, or for the tensors to update."""
 from typing import Any
 
-from mmdet.registry import HOOKS
 from mmengine.config import ConfigDict
 from mmengine.dist import all_reduce, broadcast, master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 

@@ -1,0 +1,4 @@
+_base_ = ['../_base_/imagenet_mmpretrain.py', 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py']
+train_dataloader = dict(pin_memory=True, persistent_workers=True)  # as mmpretrain's tools/train.py sets them
+val_dataloader = dict(pin_memory=True, persistent_workers=True)
+test_dataloader = val_dataloader
