@@ -24,6 +24,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--launcher', choices=compare.LAUNCHERS, default='none',
                         help='pytorch trains every run by torchrun on this machine')
     parser.add_argument('--processes', type=int, help='how many torchrun starts (default: one for each GPU)')
+    parser.add_argument('--jobs', type=int, default=1, help='how many trainings run side by side on the same device; '
+                        'their times then say nothing (default: 1)')
     parser.add_argument('--report-dir', help='where the report is written (default: the work dir)')
     parser.add_argument('--allow-pickle', action='store_true',
                         help='read checkpoints that need code to be unpickled; only from sources you trust')
@@ -37,7 +39,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     folder = Path(args.work_dir)
-    tools = compare.Tools(Path(__file__).parent, args.launcher, args.processes)
+    tools = compare.Tools(Path(__file__).parent, args.launcher, args.processes, args.jobs)
     if args.report_only:
         comparison = compare.Comparison(folder)
     else:

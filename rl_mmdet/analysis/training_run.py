@@ -55,7 +55,7 @@ def run_training(command: list[str], work_dir: Path, say: Callable[[str], None])
         return cost
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, '-u', *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, preexec_fn=_end_with_parent)
+                               text=True, preexec_fn=end_with_parent)
     try:
         with _signal_handler(signal.SIGTERM, signal.default_int_handler):  # leave no training running alone
             tail = _follow(process, work_dir / 'output.log', say)
@@ -76,8 +76,8 @@ def run_training(command: list[str], work_dir: Path, say: Callable[[str], None])
     return cost
 
 
-def _end_with_parent() -> None:
-    """In the new process: it gets SIGTERM when its parent is gone, by ``kill -9`` for instance (Linux only)."""
+def end_with_parent() -> None:
+    """Called in a new process: it gets SIGTERM when its parent is gone, by ``kill -9`` for instance (Linux only)."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

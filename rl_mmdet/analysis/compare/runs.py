@@ -2,20 +2,24 @@
 import contextlib
 import fcntl
 import json
+import os
 import re
+import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
 
 from ...engine import UserError
 from ...engine.files import write_text
-from ..training_run import run_training
+from ..training_run import end_with_parent, run_training
 from .coco_scores import Matches, Scores, score_detections
 from .comparison import Comparison, Run
 
@@ -34,15 +38,19 @@ class Tools:
         folder: where train.py and test.py are.
         launcher: ``'none'``, or ``'pytorch'``: torchrun on this machine.
         processes: how many torchrun starts; None for one on each GPU.
+        jobs: how many trainings run side by side, on the same device.
 
     Raises:
-        UserError: ``processes`` without torchrun, or below 1.
+        UserError: ``processes`` without torchrun, or a number below 1.
     """
     folder: Path
     launcher: str = 'none'
     processes: int | None = None
+    jobs: int = 1
 
     def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise UserError(f'--jobs must be at least 1, got {self.jobs}')
         if self.processes is not None and (self.launcher == 'none' or self.processes < 1):
             raise UserError(f'--processes {self.processes}: must be at least 1, and goes with --launcher pytorch')
 
@@ -81,23 +89,57 @@ def train_all(comparison: Comparison, tools: Tools, say: Say) -> None:
         tools: how to start them.
         say: gets one line whenever there is progress.
     """
-    runs = comparison.runs()
-    progress = _Progress(len(runs), say)
-    for run in runs:
-        progress.begin(run)
-        if scores_of(run) is not None:
-            progress.done('finished before', trained=False)
-            continue
-        complaint = run.folder / 'error.txt'
-        complaint.unlink(missing_ok=True)
-        try:
-            scores = _finish(comparison, run, tools, progress)
-        except UserError as error:
-            write_text(complaint, f'{error}\n')
-            progress.done(f'FAILED, the others go on: {str(error).splitlines()[-1]}', trained=False)
-        else:
-            progress.done(', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}'
-                                    for metric, each in scores.items()), trained=True)
+    runs = list(enumerate(comparison.runs()))
+    if tools.jobs == 1:
+        _train_some(comparison, runs, tools, say)
+        return
+    # Processes, not threads: a training ends with the thread that has started it.
+    workers = [get_context('fork').Process(target=_work, args=(comparison, runs[first::tools.jobs], tools, say))
+               for first in range(min(tools.jobs, len(runs)))]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        for worker in workers:
+            if worker.is_alive():
+                os.kill(worker.pid, signal.SIGINT)
+            worker.join()
+        raise
+
+
+def _work(*arguments: Any) -> None:
+    """A process that trains some of the runs."""
+    end_with_parent()
+    with contextlib.suppress(KeyboardInterrupt):
+        _train_some(*arguments)
+
+
+def _train_some(comparison: Comparison, runs: Sequence[tuple[int, Run]], tools: Tools, say: Say) -> None:
+    """Train and score some of the runs, one after the other; they come with their number among all."""
+    progress = _Progress(len(comparison.runs()), say)
+    for number, run in runs:
+        progress.finished = number
+        _train(comparison, run, tools, progress)
+
+
+def _train(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress') -> None:
+    """Train and score one run, unless that is done."""
+    progress.begin(run)
+    if scores_of(run) is not None:
+        progress.done('finished before', trained=False)
+        return
+    complaint = run.folder / 'error.txt'
+    complaint.unlink(missing_ok=True)
+    try:
+        scores = _finish(comparison, run, tools, progress)
+    except UserError as error:
+        write_text(complaint, f'{error}\n')
+        progress.done(f'FAILED, the others go on: {str(error).splitlines()[-1]}', trained=False)
+    else:
+        progress.done(', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}'
+                                for metric, each in scores.items()), trained=True)
 
 
 def scores_of(run: Run) -> dict[str, Scores] | None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from ...replacement.start import FitOutputs, Unexplained, fit_outputs_, layers_to_fit
+from ...replacement.start import Fade, FitOutputs, Unexplained, fit_outputs_, layers_to_fit
 from ..calibration import feature_extractor, images_of, training_batches
 from ..detectors import plain_model
 
@@ -30,6 +30,9 @@ class FitOutputsHook(Hook):
     """
     priority = 'ABOVE_NORMAL'  # before RecalibrateNormsHook, which then has less to do
 
+    def __init__(self) -> None:
+        self.fades: list[Fade] = []
+
     def before_train(self, runner: Runner) -> None:
         model = plain_model(runner)
         for layer in layers_to_fit(model).values():
@@ -38,6 +41,14 @@ class FitOutputsHook(Hook):
         starts = [layer.start for layer in layers_to_fit(model).values()]
         if starts:
             self._fit(runner, model, starts[0])
+            self.fades = [Fade(layer) for layer in layers_to_fit(model).values()]
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        for fade in list(self.fades):
+            fade.alpha = runner.iter / fade.layer.start.fade
+            if fade.alpha >= 1:
+                fade.end()
+                self.fades.remove(fade)
 
     def _fit(self, runner: Runner, model: nn.Module, start: FitOutputs) -> None:
         """Fit all layers of ``model`` that still have their block."""
@@ -53,7 +64,7 @@ class FitOutputsHook(Hook):
         found = fit_outputs_(
             model, batches[:count], start.steps, start.lr,
             run=lambda whole, inputs: run(whole, [images.to(device) for images in inputs]),
-            reduce=lambda tensor: all_reduce(tensor, op='mean'), track=_with_estimate)
+            reduce=lambda tensor: all_reduce(tensor, op='mean'), track=_with_estimate, keep=start.fade > 0)
         model.train(mode)
         print_log(f'{len(found)} computing layers fitted to the blocks that they replace in '
                   f'{time.monotonic() - began:.0f} s, on {count} batches; left unexplained (1: as if left out):\n'

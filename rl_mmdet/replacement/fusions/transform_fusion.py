@@ -54,7 +54,7 @@ class TransformFusion(Fusion):
         weights = {name: shape for name, shape in shapes.items() if kind_of(name, shape) == 'weight'}
         if not weights:
             return 0
-        limit, name = min((min(shape[0], math.prod(shape[1:])), name) for name, shape in weights.items())
+        limit, name = min((shape[0], name) for name, shape in weights.items())
         if self.rank is None:
             budget = self.share * sum(math.prod(shape) for shape in shapes.values()) - 2 * len(shapes)
             return max(0, min(limit, int(budget // (2 * sum(shape[0] for shape in weights.values())))))

@@ -36,9 +36,9 @@ def drop_removed_blocks_(model: nn.Module) -> None:
         layer.forget_block_()
 
 
-def fit_outputs_(model: nn.Module, batches: Sequence[Any], steps: int = 200, lr: float = 0.005,
+def fit_outputs_(model: nn.Module, batches: Sequence[Any], steps: int = 200, lr: float = 0.03,
                  run: Run | None = None, reduce: Reduce | None = None,
-                 track: Callable[[Iterable[int]], Iterable[int]] = iter) -> dict[str, Unexplained]:
+                 track: Callable[[Iterable[int]], Iterable[int]] = iter, keep: bool = False) -> dict[str, Unexplained]:
     r"""Fit each computing layer of ``model`` to the block that it replaces, in place; then drop the removed blocks.
 
     .. math:: \min_φ \frac{\lVert C(h; φ) - B(h') \rVert^2}{\lVert B(h') - h' \rVert^2}
@@ -60,6 +60,7 @@ def fit_outputs_(model: nn.Module, batches: Sequence[Any], steps: int = 200, lr:
         run: ``run(model, batch)`` runs a model on one of the batches, by default ``model(batch)``.
         reduce: averages a tensor over processes in place (DDP); None for a single process.
         track: goes through the steps, for instance with a progress bar.
+        keep: keep the removed blocks.
 
     Returns:
         What is left unexplained, by the block's name; nothing where no layer has its removed block any more.
@@ -87,7 +88,8 @@ def fit_outputs_(model: nn.Module, batches: Sequence[Any], steps: int = 200, lr:
                 run(model, batch)
 
         found = fit_layers_(layers, batches, steps, lr, receive, reduce, track)
-    drop_removed_blocks_(model)
+    if not keep:
+        drop_removed_blocks_(model)
     if stale:
         recalibrate_norms_(model, batches, lambda batch: run(model, batch), reduce)
     return found

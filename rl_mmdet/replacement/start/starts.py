@@ -55,16 +55,18 @@ class FitOutputs(Start):
         batches: batches of the training set, per process.
         steps: of the fit, each with one of the batches.
         lr: Adam's learning rate at the start; it follows a cosine down to zero.
+        fade: iterations of the training in which the removed blocks fade out; see :class:`~.fade.Fade`.
 
     Raises:
-        ValueError: ``batches`` or ``steps`` below 1, or ``lr`` not above 0.
+        ValueError: ``batches`` or ``steps`` below 1, ``lr`` not above 0, or ``fade`` below 0.
     """
     keeps_block = True
 
-    def __init__(self, batches: int = 20, steps: int = 200, lr: float = 0.005) -> None:
+    def __init__(self, batches: int = 20, steps: int = 200, lr: float = 0.03, fade: int = 0) -> None:
         self.batches = check_number('FitOutputs: batches', batches, whole=True, least=1)
         self.steps = check_number('FitOutputs: steps', steps, whole=True, least=1)
         self.lr = check_number('FitOutputs: lr', lr, above=0)
+        self.fade = check_number('FitOutputs: fade', fade, whole=True, least=0)
 
     def __repr__(self) -> str:
-        return f'FitOutputs(batches={self.batches}, steps={self.steps}, lr={self.lr})'
+        return f'FitOutputs(batches={self.batches}, steps={self.steps}, lr={self.lr}, fade={self.fade})'

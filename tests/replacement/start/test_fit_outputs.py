@@ -28,8 +28,7 @@ def trained(toy_net, randomise_) -> nn.Module:
 def replaced(net: nn.Module, **settings) -> nn.Module:
     net = copy.deepcopy(net)
     replace_blocks_(net, dict(dict(plan=PLAN, start=FIT), **settings))
-    net.load_state_dict(net.state_dict() | {})
-    return net
+    return net.eval()
 
 
 def by_hand(net: nn.Module, original: nn.Module, name: str, batches: list[Tensor]) -> float:
