@@ -18,6 +18,7 @@ BOXES = 20
 """Objects per image: more than COCO's seven, because anchors fit fewer of them than a trained detector's proposals."""
 SGD = dict(lr=0., momentum=0.9, weight_decay=1e-4)
 """mmdet's usual optimizer; at a rate of 0 the weights stay, and with them the work of every step."""
+LOSS_SCALE = 512.
 
 
 class TrainingStep:
@@ -27,7 +28,8 @@ class TrainingStep:
         model: in the mode, on the device and in the memory format to train it in.
         outputs: runs the model and gives the tensors from which backward starts: a loss, or several maps, whose
             gradients are then random and the same at every call.
-        amp: autocast's type for the forward pass and the loss, None for none. There is no loss scale.
+        amp: autocast's type for the forward pass and the loss, None for none. float16 goes with a loss scale, as in
+            MMEngine's ``AmpOptimWrapper``.
     """
 
     def __init__(self, model: nn.Module, outputs: Callable[[], Sequence[Tensor]],
@@ -38,6 +40,7 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.steps = 0
         self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], **SGD)
+        self.scaler = torch.amp.GradScaler(self.device.type, LOSS_SCALE, enabled=amp == torch.float16)
         self.gradients: list[Tensor] | None = None
 
     def forward(self) -> list[Tensor]:
@@ -50,14 +53,15 @@ class TrainingStep:
         outputs = self.forward()
         if self.gradients is None:
             self.gradients = [_fixed_gradient(output) for output in outputs]
-        torch.autograd.backward(outputs, self.gradients)
+        torch.autograd.backward(self.scaler.scale(outputs), self.gradients)
 
     def __call__(self) -> None:
         """The next step of a training: replaced blocks take turns in learning."""
         set_step_(self.model, self.steps)
         self.steps += 1
         self.forward_backward()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
 
 
