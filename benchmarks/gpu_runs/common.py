@@ -20,6 +20,8 @@ from train_step import processor, short_reason
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OVER = 4.
 """Seconds at the end in which nothing is begun."""
+FORKS = dict(mmdet='onedl-mmdetection', mmcv='onedl-mmcv', mmengine='onedl-mmengine')
+"""Under which names the packages of OpenMMLab are published today."""
 AGAIN = 5.
 """Seconds after which something is told once more that its time is over."""
 
@@ -98,8 +100,8 @@ def _mark(device: str) -> Any:
 def environment(args: argparse.Namespace) -> dict[str, Any]:
     """On what and with what a page was made."""
     versions = {}
-    for package in ('mmdet', 'mmcv', 'mmengine'):
-        for name in (f'onedl-{package}', package):
+    for package, other in FORKS.items():
+        for name in (other, package):
             try:
                 versions[package] = version(name)
                 break
