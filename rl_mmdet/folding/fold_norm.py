@@ -3,20 +3,22 @@ r"""Convolution and BatchNorm in one: while BatchNorm is in eval mode, what lies
 .. math:: y = W' * x + b', \qquad W' = Wγ/σ, \quad b' = β + γ(c - μ)/σ, \quad σ = \sqrt{σ^2_{run} + ε}
 
 with the convolution's weight W and bias c (0 without one) and the norm's γ, β and running statistics. Autograd keeps x
-for the convolution and its output for γ; here x alone is kept, and W' is made again in backward. Gradients are exact:
+for the convolution and its output for γ; here x is kept, and W', which is small next to it but for tiny images.
+Gradients are exact:
 
 .. math:: ∂W = ∂W'\,γ/σ, \quad ∂γ_o = ⟨∂W'_o, W_o⟩/σ_o + ∂b'_o (c_o - μ_o)/σ_o, \quad ∂β = ∂b', \quad
           ∂c = ∂b'\,γ/σ, \qquad ∂W' = x \star ∂y, \quad ∂b' = \sum ∂y
 
-A run of the model folds 32 convolutions at a time, those alike in a few tensor operations together; one that an
-activation checkpoint runs, or that runs by another way than the model's forward, folds alone.
+A run of the model folds many convolutions in a few tensor operations (:mod:`.folded_weights`); one that an activation
+checkpoint runs, or that runs by another way than the model's forward, folds alone. Where nothing learns and nothing
+before does, there is nothing to keep, and nothing is folded.
 
 A convolution that folds gives the norm's output, and the norm hands it on. Both are what they were in all else: state
 dict, ``isinstance``, copies. They compute as before without gradient, while the norm trains, when compiled, traced or
 exported, and once one of the two was exchanged (SyncBatchNorm conversion, ``fuse_conv_bn``).
 
 Source: training on folded weights is the Tune mode of "Efficient ConvBN Blocks for Transfer Learning and Beyond",
-arXiv 2305.11624 (``efficient_conv_bn_eval`` of MMCV and MMEngine); it leaves backward to autograd, which keeps W', too.
+arXiv 2305.11624 (``efficient_conv_bn_eval`` of MMCV and MMEngine), which folds one by one.
 """
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -28,14 +30,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
-from .folded_weights import AddShift, Pair, fold, row_length
+from .folded_weights import AddShift, Pair, fold
 from .pairs import find_pairs
 
 MARK = '_norm_is_done'
-"""Attribute of a convolution's output on its way to the norm that was folded into the convolution."""
-TOGETHER, WEIGHTS = 32, 10_000_000
-"""How many convolutions, and with how many weights, are folded together at most: their folded weights are alive at
-once, and all gradients of these are there before DDP can send the first one's."""
+"""Attribute of a convolution's output on its way to the norm: whether that was folded into the convolution."""
+WEIGHTS = 10_000_000
+"""How many weights are folded together at most: the gradients of all are there before DDP can send the first one's."""
 
 
 def fold_norm_(model: nn.Module, runs: Callable[[nn.Module], nn.Module | None] | None = None) -> list[str]:
@@ -123,13 +124,14 @@ class FoldingConv2d(_Paired, nn.Conv2d, _ConvNd):  # the last for mmengine's ini
     def forward(self, x: Tensor) -> Tensor:
         folded = _folded(self, x)
         if folded is None:
-            return super().forward(x)
-        kernel, shift = folded
-        if shift.dtype == kernel.dtype:
-            out = self._conv_forward(x, kernel, shift)
+            out = super().forward(x)
+        elif folded[0].dtype == folded[1].dtype:
+            out = self._conv_forward(x, *folded)
         else:
+            kernel, shift = folded
             out = AddShift.apply(self._conv_forward(x, kernel, None), shift)
-        setattr(out, MARK, True)
+        if not torch.compiler.is_compiling():
+            setattr(out, MARK, folded is not None)
         return out
 
 
@@ -137,13 +139,13 @@ class _Run(NamedTuple):
     """One run of a model, or of what a computing layer runs.
 
     Attributes:
-        batches: for each convolution, those that are to be folded together with it.
+        batches: for each convolution, all that are to be folded together with it.
         folded: W' and b' of those that are folded and haven't run yet.
         checkpoint: the activation checkpoint in which it takes place.
         outer: the run in which it takes place.
     """
     root: nn.Module
-    batches: dict[nn.Module, list[FoldingConv2d]]
+    batches: dict[nn.Module, list[tuple[FoldingConv2d, Pair]]]
     folded: dict[nn.Module, tuple[Tensor, Tensor]]
     checkpoint: Any
     outer: '_Run | None'
@@ -175,11 +177,9 @@ def _folded(conv: FoldingConv2d, x: Tensor) -> tuple[Tensor, Tensor] | None:
     cast = torch.is_autocast_enabled(device) and pair.weight.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if cast else pair.weight.dtype
     if run is None:
-        return fold([pair], dtype)[0]
-    pairs = {other: other.pair() for other in run.batches[conv]}
-    pairs = {other: its for other, its in pairs.items() if its is not None and its.kind == pair.kind}
-    order = sorted(pairs, key=lambda other: row_length(pairs[other].weight))
-    run.folded.update(zip(order, fold([pairs[other] for other in order], dtype), strict=True))
+        return next(fold([pair], dtype))
+    convs, pairs = zip(*run.batches[conv], strict=True)
+    run.folded.update(zip(convs, fold(pairs, dtype), strict=True))
     return run.folded.pop(conv)
 
 
@@ -192,18 +192,19 @@ def _begin_run(root: nn.Module, _: Any) -> None:
         if run.root is root:  # it never ended
             outer = run.outer
         run = run.outer
-    batches: dict[nn.Module, list[FoldingConv2d]] = {}
-    batch: list[FoldingConv2d] = []
-    size = 0
+    batches: dict[nn.Module, list[tuple[FoldingConv2d, Pair]]] = {}
+    kinds: dict[tuple, list[tuple[FoldingConv2d, Pair]]] = {}
+    sizes: dict[tuple, int] = {}
     for conv in _convolutions(root):
-        weight = conv._parameters['weight']
-        if weight is None or outer is not None and conv in outer.batches:
+        pair = None if outer is not None and conv in outer.batches else conv.pair()
+        if pair is None:
             continue
-        size += weight.numel()
-        if len(batch) == TOGETHER or size > WEIGHTS:
-            batch, size = [], weight.numel()
-        batch.append(conv)
-        batches[conv] = batch
+        kind, size = pair.kind, pair.weight.numel()
+        sizes[kind] = sizes.get(kind, WEIGHTS) + size
+        if sizes[kind] > WEIGHTS:
+            kinds[kind], sizes[kind] = [], size
+        kinds[kind].append((conv, pair))
+        batches[conv] = kinds[kind]
     _RUN.set(_Run(root, batches, {}, _checkpoint(), outer))
 
 
@@ -231,16 +232,14 @@ class _FoldedNorm(_Paired):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        done = getattr(x, MARK, False) is True  # under torch.compile, too: the convolution may have run outside
+        done = getattr(x, MARK, None)  # under torch.compile, too: the convolution may have run outside
         if torch.compiler.is_compiling():
             return x if done else super().forward(x)
         if done:
             self._check_input_dim(x)
             delattr(x, MARK)
             return x
-        conv = self.other() if _may_fold(x) else None
-        pair = None if conv is None else conv.pair()
-        if pair is not None and (x.requires_grad or pair.learns):
+        if done is None and not self.training and _may_fold(x) and self.other() is not None:
             raise RuntimeError('fold_norm: a BatchNorm was to hand on what the convolution before it has normalised, '
                                'but got something else; call unfold_norm_ on this model')
         return super().forward(x)

@@ -3,7 +3,7 @@
 On a GPU every operation has to be launched, and a backbone has many small weights. Output channels whose weights are of
 one length are rows of one matrix, whatever convolution they are of, so one product scales them all.
 """
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
 from typing import Any, NamedTuple
 
@@ -26,27 +26,29 @@ class Pair(NamedTuple):
     def kind(self) -> tuple:
         """Equal for pairs that can be folded together."""
         weight, bias, gamma, beta, mean, _, eps = self
-        return (weight.dtype, weight.device, mean.dtype, eps, weight.requires_grad, bias is not None and bias.requires_grad,
-                gamma is not None and gamma.requires_grad, beta is not None and beta.requires_grad,
-                bias is None, gamma is None, beta is None)
+        return (weight.dtype, weight.device, mean.dtype, eps, weight.requires_grad,
+                None if bias is None else bias.requires_grad, None if gamma is None else gamma.requires_grad,
+                None if beta is None else beta.requires_grad)
 
     @property
     def learns(self) -> bool:
         return any(tensor is not None and tensor.requires_grad for tensor in self[:4])
 
 
-def fold(pairs: Sequence[Pair], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def fold(pairs: Sequence[Pair], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """W' and b' of pairs of one kind, with gradient.
 
     Args:
-        pairs: those with equally many weights to an output channel side by side.
         dtype: of W' and b'; with float16 b' is of single precision.
     """
-    *parts, means, variances, eps = zip(*pairs, strict=True)
-    parts = [None if part[0] is None else part for part in parts]
-    outs = _Fold.apply([part is not None for part in parts], (means, variances, eps[0]), dtype,
-                       *chain(*filter(None, parts)))
-    return list(zip(outs[:len(pairs)], outs[len(pairs):], strict=True))
+    lengths = [pair.weight.numel() // pair.weight.size(0) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    *parts, means, variances, eps = zip(*[pairs[i] for i in order], strict=True)
+    learnable = [None if part[0] is None else part for part in parts]
+    outs = _Fold.apply([part is not None for part in learnable], (means, variances, eps[0]), dtype,
+                       *chain(*filter(None, learnable)))
+    found = dict(zip(order, zip(outs[:len(pairs)], outs[len(pairs):], strict=True), strict=True))
+    return map(found.__getitem__, range(len(pairs)))
 
 
 class _Fold(torch.autograd.Function):
@@ -94,7 +96,7 @@ class _Fold(torch.autograd.Function):
         if for_weight or for_gamma:
             flat = scale.new_empty(rows.size)
             views = rows.views(flat)
-            into, given = (views, kernels) if len(ran) == count else ([part[i] for i in ran] for part in (views, kernels))
+            into, given = [views[i] for i in ran], [kernels[i] for i in ran]
             torch._foreach_copy_(into, given)
             if for_gamma:
                 torch._foreach_mul_(views, ctx.saved_tensors)
@@ -158,11 +160,6 @@ def _stride(weight: Tensor) -> Sequence[int]:
     if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
         return weight.stride()
     return weight.contiguous().stride()
-
-
-def row_length(weight: Tensor) -> int:
-    """How many weights an output channel has."""
-    return weight.numel() // weight.size(0)
 
 
 class AddShift(torch.autograd.Function):

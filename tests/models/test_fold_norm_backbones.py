@@ -1,5 +1,6 @@
 """``fold_norm=True`` of every kind of RL backbone: same outputs, gradients and state, and less is kept for backward."""
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 def kept_for_an_image(forward: Callable[[int], Any], model: nn.Module) -> int:
     """Bytes that each image more adds: not the folded weights, which are the same for all."""
-    one, two = (saved_bytes(model, lambda: forward(batch)) for batch in (1, 2))
+    one, two = (saved_bytes(model, partial(forward, batch)) for batch in (1, 2))
     return two - one
 
 
