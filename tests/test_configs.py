@@ -28,10 +28,10 @@ NAME = re.compile(
     r'_(?P<rl>rl-)?((?P<search>learned|swr)-)?(?P<backbone>[a-z0-9]+(-[a-z0-9]+)*?)(-k(?P<k>\d))?'
     r'(_(simple-)?fpn)?'                                      # neck
     r'(_[a-z0-9]+(-[a-z0-9]+)*)*'                             # settings
-    r'_(coco|coco-panoptic|coco-subset|bccd|digits|digits-bccd)\.py')     # dataset
+    r'_(coco|coco-panoptic|coco-subset|aquarium|bccd|digits|digits-bccd)\.py')     # dataset
 TYPES = {'ResNet': 'RLResNet', 'ResNeXt': 'RLResNeXt', 'SwinTransformer': 'RLSwin', 'CSPNeXt': 'RLBackbone',
-         'RLViT': 'RLViT'}
-OWN_HOOKS = [dict(type='RecalibrateNormsHook'), dict(type='LearningStepsHook'), dict(type='FiniteLossHook')]
+         'RLViT': 'RLViT', 'MobileNetV2': 'RLBackbone'}
+OWN_HOOKS = [dict(type=f'{name}Hook') for name in ('FitOutputs', 'RecalibrateNorms', 'LearningSteps', 'FiniteLoss')]
 DIFFERENCES = {'custom_imports', 'custom_hooks', 'model.backbone.type', 'model.backbone.replacement',
                'optim_wrapper.constructor'}
 UNDER_ANOTHER_TYPE = {'model.backbone.backbone'}  # RLBackbone also says which backbone
@@ -57,6 +57,7 @@ EXPECTED = {
                        'stage4.2.blocks': [1]},
     ('CSPNeXt-X', 2): {'stage1.1.blocks': [1], 'stage2.1.blocks': [1, 3, 5], 'stage3.1.blocks': [1, 3, 5],
                        'stage4.2.blocks': [1]},
+    ('MobileNet-V2', 2): {f'layer{stage}': [1] for stage in (3, 4, 5, 6)},
     ('ViT-B', 2): {'blocks': [1, 3, 5, 7, 9]},
     ('ViT-L', 2): {'blocks': list(range(2, 23, 2))},  # global attention is in every sixth block: none is replaced
 }
@@ -106,6 +107,8 @@ def called(path):
             return name if backbone.window_size == 7 else f'{name}, window {backbone.window_size}'
         case 'CSPNeXt':
             return {.67: 'CSPNeXt-M', 1: 'CSPNeXt-L', 1.33: 'CSPNeXt-X'}[backbone.deepen_factor]
+        case 'MobileNetV2':
+            name = 'MobileNet-V2'
         case 'RLViT':
             return {'base': 'ViT-B', 'large': 'ViT-L'}[backbone.arch]
         case 'ResNeXt':

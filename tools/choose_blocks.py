@@ -14,7 +14,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batches', type=int, default=4, help='batches of the training set to measure on (default: 4)')
     parser.add_argument('--fusion', metavar='NAME|JSON', help='instead of the config\'s, e.g. ChannelFusion or '
                         '\'{"type": "ScalarFusion", "adapt": true}\'')
-    parser.add_argument('--operator', metavar='NAME|JSON', help='instead of the config\'s')
+    parser.add_argument('--operator', nargs='+', default=[], metavar='NAME|JSON', help='instead of the config\'s; of '
+                        'several each is tried, and the plan is the first one\'s')
+    parser.add_argument('--steps', type=int, default=100, help='in which what replaces a block is fitted to it '
+                        '(default: 100)')
     return parser.parse_args()
 
 
@@ -22,12 +25,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = engine.load_config(args.config, args.cfg_options)
-    report, errors = analysis.choose_blocks(cfg, args.checkpoint, args.p, batches=args.batches, fusion=args.fusion,
-                                            operator=args.operator, allow_pickle=args.allow_pickle)
+    trials = analysis.choose_blocks(cfg, args.checkpoint, args.p, batches=args.batches, steps=args.steps,
+                                    fusion=args.fusion, operators=args.operator, allow_pickle=args.allow_pickle)
     console = Console()
-    table = analysis.error_table(report, errors)
+    table = analysis.error_table(trials)
     console.print(table) if console.is_terminal else Console(width=160).print(table)
-    print(f'plan={report.as_plan}')
+    print(*analysis.cost_lines(trials), sep='\n')
+    print(f'plan={trials[0].report.as_plan}')
 
 
 if __name__ == '__main__':

@@ -62,4 +62,4 @@ def build(case: Case, name: str, choice: dict, blocks: list[str], device: str, s
 
 def context_of(name: str) -> Any:
     """What a variant runs in: ``folded-alone`` folds every convolution by itself."""
-    return patch.object(fold_norm, 'TOGETHER', 1) if name == 'folded-alone' else nullcontext()
+    return patch.object(fold_norm, 'WEIGHTS', 0) if name == 'folded-alone' else nullcontext()

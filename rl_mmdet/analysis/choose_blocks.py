@@ -1,7 +1,8 @@
 """Which blocks of a trained backbone their neighbours explain best: the ``BestFit`` plan on a config's own data."""
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,26 +18,47 @@ from ..engine import UserError, build_model, check_checkpoint, read_checkpoint
 from ..engine.preflight import check_data, make_data
 from ..models.backbones.replacement_mixin import replace_in_backbone_
 from ..models.layouts import own_layout, state_dict_of, translates
-from ..replacement import ReplacementReport
+from ..replacement import ReplacementReport, computing_layers
 from ..replacement.plans import BestFit
+from ..replacement.plans.trial import forward_flops
 from .blocks import backbone_cfg
 
 
-def choose_blocks(
-        cfg: Config, checkpoint: str, p: float, *, batches: int = 4, fusion: str | None = None,
-        operator: str | None = None, allow_pickle: bool = False) -> tuple[ReplacementReport, dict[str, float]]:
+@dataclass(frozen=True)
+class Trial:
+    """What one operator would leave unexplained, and at what cost.
+
+    Args:
+        operator: its settings.
+        report: on the backbone with the chosen blocks replaced.
+        errors: what each block's computing layer leaves unexplained after a fit, by the block's name.
+        removed, learned: numbers of parameters that the chosen blocks had, and that their computing layers learn.
+        flops: of the replaced backbone's forward run over the baseline's.
+    """
+    operator: str
+    report: ReplacementReport
+    errors: dict[str, float]
+    removed: int
+    learned: int
+    flops: float
+
+
+def choose_blocks(cfg: Config, checkpoint: str, p: float, *, batches: int = 4, steps: int = 100,
+                  fusion: str | None = None, operators: Sequence[str] = (), allow_pickle: bool = False) -> list[Trial]:
     """Choose the blocks of ``cfg.model.backbone`` to replace, with the ``BestFit`` plan.
 
     Args:
         cfg: a detector's config, with or without replacement; fusion and operator are the replacement's, if any.
         checkpoint: trained weights of the unreplaced backbone, or of a detector with it.
         p: the fraction of the replaceable blocks to replace.
-        batches: how many batches of the training set to measure on, augmented and normalised as in training.
-        fusion, operator: a type's name or a JSON object, in place of the config's.
+        batches: how many batches of the training set to fit and measure on, augmented and normalised as in training.
+        steps: of the fit; 0 measures the start.
+        fusion: a type's name or a JSON object, in place of the config's.
+        operators: the same; each gets a trial of its own.
         allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
 
     Returns:
-        The report on the replaced backbone, and each block's output error.
+        A trial for each operator.
 
     Raises:
         UserError: no backbone or training data in the config, weights that don't fit it, or a setting that
@@ -46,18 +68,31 @@ def choose_blocks(
         raise UserError(f'--batches must be at least 1, got {batches}')
     given = dict(backbone_cfg(cfg))
     settings = dict(given.pop('replacement', None) or {})
-    for key, text in dict(fusion=fusion, operator=operator).items():
-        if text is not None:
-            settings[key] = _type_settings(f'--{key}', text)
+    settings.pop('start', None)  # the trials have a fit of their own
+    if fusion is not None:
+        settings['fusion'] = _type_settings('--fusion', fusion)
+    asked = [_type_settings('--operator', text) for text in operators] or [settings.get('operator')]
     backbone = build_model(Config(dict(model=given, default_scope=cfg.get('default_scope', 'mmdet'))))
     _load_(backbone, checkpoint, allow_pickle)
     inputs = calibration_batches(cfg, batches)
     try:
-        plan = BestFit(p, inputs)
-        report = replace_in_backbone_(backbone.to(get_device()), dict(settings, plan=plan))
+        return [_try(backbone.to(get_device()), dict(settings, operator=operator), p, inputs, steps)
+                for operator in asked]
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-    return report, plan.errors
+
+
+def _try(backbone: nn.Module, settings: Mapping[str, Any], p: float, inputs: list[Tensor], steps: int) -> Trial:
+    """One operator's trial; the backbone stays as it is."""
+    plan, replaced = BestFit(p, inputs, steps), copy.deepcopy(backbone)
+    report = replace_in_backbone_(replaced, dict(settings, plan=plan))
+    learned = sum(parameter.numel() for layer in computing_layers(replaced).values()
+                  for parameter in layer.own_parameters().values())
+    removed = sum(row.parameters for row in report.rows if row.replaced)
+    backbone.eval()
+    replaced.eval()
+    flops = forward_flops(replaced, inputs[0].shape[2:]) / forward_flops(backbone, inputs[0].shape[2:])
+    return Trial(report.settings['operator'], report, plan.errors, removed, learned, flops)
 
 
 def calibration_batches(cfg: Config, count: int, seed: int = 0) -> list[Tensor]:
@@ -83,20 +118,29 @@ def calibration_batches(cfg: Config, count: int, seed: int = 0) -> list[Tensor]:
     return inputs
 
 
-def error_table(report: ReplacementReport, errors: Mapping[str, float]) -> Table:
-    """Every block, its output error, and whether it is chosen or why it can't be."""
-    table = Table(title='output error of the blocks: 0 is reproduced by its neighbours, 1 is as if left out')
-    for column in ('stage', 'block', 'kind', 'parameters', 'output error', 'choice'):
-        table.add_column(column, justify='right' if column in ('block', 'parameters', 'output error') else 'left')
+def error_table(trials: Sequence[Trial]) -> Table:
+    """Every block, what each operator leaves unexplained of it, and whether the first one's plan chooses it."""
+    table = Table(title='what is left unexplained of the blocks: 0 is reproduced, 1 is as if left out')
+    named = [trial.operator.partition('(')[0] for trial in trials]
+    for column in ('stage', 'block', 'kind', 'parameters', *named, 'choice'):
+        table.add_column(column, justify='left' if column in ('stage', 'kind', 'choice') else 'right')
     last = None
-    for row in report.rows:
+    for rows in zip(*(trial.report.rows for trial in trials), strict=True):
+        row = rows[0]
         if last not in (None, row.chain):
             table.add_section()
         last = row.chain
-        error = f'{errors[row.name]:.3f}' if row.name in errors else ''
-        table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}', error,
+        errors = [f'{trial.errors[row.name]:.3f}' if row.name in trial.errors else '' for trial in trials]
+        table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}', *errors,
                       '[bold]replace[/]' if row.replaced else f"can't be replaced: {row.reason}" if row.reason else '')
     return table
+
+
+def cost_lines(trials: Sequence[Trial]) -> list[str]:
+    """What each operator costs in the place of the blocks that its trial has chosen."""
+    return [f'{trial.operator}: {sum(map(len, trial.report.replaced.values()))} blocks of {trial.removed:,} parameters '
+            f'replaced by layers that learn {trial.learned:,}; forward FLOPs of the backbone ×{trial.flops:.2f}'
+            for trial in trials]
 
 
 def _load_(backbone: nn.Module, path: str, allow_pickle: bool) -> None:

@@ -3,24 +3,25 @@ r"""Convolution and BatchNorm in one: while BatchNorm is in eval mode, what lies
 .. math:: y = W' * x + b', \qquad W' = Wγ/σ, \quad b' = β + γ(c - μ)/σ, \quad σ = \sqrt{σ^2_{run} + ε}
 
 with the convolution's weight W and bias c (0 without one) and the norm's γ, β and running statistics. Autograd keeps x
-for the convolution and its output for γ; here x alone is kept, and W' is made again in backward. Gradients are exact:
+for the convolution and its output for γ; here x is kept, and W', which is small next to it but for tiny images.
+Gradients are exact:
 
 .. math:: ∂W = ∂W'\,γ/σ, \quad ∂γ_o = ⟨∂W'_o, W_o⟩/σ_o + ∂b'_o (c_o - μ_o)/σ_o, \quad ∂β = ∂b', \quad
           ∂c = ∂b'\,γ/σ, \qquad ∂W' = x \star ∂y, \quad ∂b' = \sum ∂y
 
-A run of the model folds 32 convolutions at a time, those alike in a few tensor operations together; one that an
-activation checkpoint runs, or that runs by another way than the model's forward, folds alone.
+A run of the model folds many convolutions in a few tensor operations (:mod:`.folded_weights`); one that an activation
+checkpoint runs, or that runs by another way than the model's forward, folds alone. Where nothing learns and nothing
+before does, there is nothing to keep, and nothing is folded.
 
 A convolution that folds gives the norm's output, and the norm hands it on. Both are what they were in all else: state
 dict, ``isinstance``, copies. They compute as before without gradient, while the norm trains, when compiled, traced or
 exported, and once one of the two was exchanged (SyncBatchNorm conversion, ``fuse_conv_bn``).
 
 Source: training on folded weights is the Tune mode of "Efficient ConvBN Blocks for Transfer Learning and Beyond",
-arXiv 2305.11624 (``efficient_conv_bn_eval`` of MMCV and MMEngine); it leaves backward to autograd, which keeps W', too.
+arXiv 2305.11624 (``efficient_conv_bn_eval`` of MMCV and MMEngine), which folds one by one.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,14 +30,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
-from .folded_convolution import Batch, Folded, FoldedConvolution, Pair, Settings, in_order
+from .folded_weights import AddShift, Pair, fold
 from .pairs import find_pairs
 
 MARK = '_norm_is_done'
-"""Attribute of a convolution's output on its way to the norm that was folded into the convolution."""
-TOGETHER, WEIGHTS = 32, 10_000_000
-"""How many convolutions, and with how many weights, are folded together at most: their folded weights are alive at
-once, and all gradients of these are there before DDP can send the first one's."""
+"""Attribute of a convolution's output on its way to the norm: whether that was folded into the convolution."""
+WEIGHTS = 10_000_000
+"""How many weights are folded together at most: the gradients of all are there before DDP can send the first one's."""
 
 
 def fold_norm_(model: nn.Module, runs: Callable[[nn.Module], nn.Module | None] | None = None) -> list[str]:
@@ -98,82 +98,114 @@ class _Paired:
     plain_class: type
     place_of_other: tuple[nn.Module, str]
 
-    def _there(self) -> Any:
-        parent, key = self.place_of_other
-        return parent._modules.get(key)
-
     def other(self) -> Any:
         """The other one, None if it was exchanged or belongs to another: DataParallel's replicas do."""
-        other = self._there()
-        return other if isinstance(other, _Paired) and other._there() is self else None
+        parent, key = self.place_of_other
+        other = parent._modules.get(key)
+        if not isinstance(other, _Paired):
+            return None
+        parent, key = other.place_of_other
+        return other if parent._modules.get(key) is self else None
 
 
 class FoldingConv2d(_Paired, nn.Conv2d, _ConvNd):  # the last for mmengine's initialisers: they look at direct bases
     """A convolution that folds the norm behind it where that is possible, and gives the norm's output then."""
 
-    def norm(self) -> Any:
-        """The norm that it can fold; None where there is none."""
+    def pair(self) -> Pair | None:
+        """What is folded; None where nothing is: computing layers' weights are only there while these run."""
         norm = self.other()
-        return norm if norm is not None and norm.has_fixed_statistics() else None
+        if norm is None or norm.training:
+            return None
+        own, theirs, statistics = self._parameters, norm._parameters, norm._buffers
+        pair = Pair(own['weight'], own['bias'], theirs['weight'], theirs['bias'],
+                    statistics['running_mean'], statistics['running_var'], norm.eps)
+        return None if pair.weight is None or pair.mean is None or pair.var is None else pair
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _may_fold(x) or self.norm() is None:
-            return super().forward(x)
-        weight, device = self.weight, x.device.type
-        cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
-        run, alone, made = _RUN.get(), _is_checkpointed(), not isinstance(weight, nn.Parameter)
-        others = None if alone or run is None else run.together.get(self)
-        folded, again = (others or _Together([self])).fold(self, dtype)
-        out = FoldedConvolution.apply(x.to(dtype) if cast else x, *folded,
-                                      Settings(self.stride, self.padding, self.dilation, self.groups),
-                                      None if alone or made and not weight.requires_grad else again)
-        setattr(out, MARK, True)
+        folded = _folded(self, x)
+        if folded is None:
+            out = super().forward(x)
+        elif folded[0].dtype == folded[1].dtype:
+            out = self._conv_forward(x, *folded)
+        else:
+            kernel, shift = folded
+            out = AddShift.apply(self._conv_forward(x, kernel, None), shift)
+        if not torch.compiler.is_compiling():
+            setattr(out, MARK, folded is not None)
         return out
 
 
-class _Together:
-    """Convolutions of one kind that are folded when the first of them runs."""
-
-    def __init__(self, convs: list[FoldingConv2d]) -> None:
-        self.convs = sorted(convs, key=lambda conv: in_order(conv.weight))
-        self.folded: dict[torch.dtype, dict[FoldingConv2d, tuple[Folded, Callable[[], Tensor]]]] = {}
-
-    def fold(self, conv: FoldingConv2d, dtype: torch.dtype) -> tuple[Folded, Callable[[], Tensor]]:
-        """A convolution's folded weights, and what makes its W' again."""
-        if conv not in self.folded.get(dtype, ()):
-            batch = Batch([_pair(each) for each in self.convs], conv.norm().eps, dtype)
-            self.folded[dtype] = {each: (folded, partial(batch.kernel_again, index))
-                                  for index, (each, folded) in enumerate(zip(self.convs, batch.fold(), strict=True))}
-        return self.folded[dtype].pop(conv)
-
-
 class _Run(NamedTuple):
-    """One run of a model, or of what a computing layer runs; ``outer`` is the run in which it takes place."""
+    """One run of a model, or of what a computing layer runs.
+
+    Attributes:
+        batches: for each convolution, all that are to be folded together with it.
+        folded: W' and b' of those that are folded and haven't run yet.
+        checkpoint: the activation checkpoint in which it takes place.
+        outer: the run in which it takes place.
+    """
     root: nn.Module
-    together: dict[nn.Module, _Together]
+    batches: dict[nn.Module, list[tuple[FoldingConv2d, Pair]]]
+    folded: dict[nn.Module, tuple[Tensor, Tensor]]
+    checkpoint: Any
     outer: '_Run | None'
 
 
 _RUN: ContextVar[_Run | None] = ContextVar('_RUN', default=None)
 
 
+def _folded(conv: FoldingConv2d, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """W' and b' of a convolution; None where it is not to fold.
+
+    An activation checkpoint, which runs a part again, must run there what it has run before: only what began in it
+    folds together in it.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    run = _RUN.get()
+    while run is not None and conv not in run.batches:
+        run = run.outer
+    if run is not None and run.checkpoint != _checkpoint():
+        run = None
+    folded = None if run is None else run.folded.pop(conv, None)
+    if folded is not None and (folded[0].dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
+        return folded
+    pair = conv.pair()
+    if pair is None or not _may_fold(x) or not (x.requires_grad or pair.learns):
+        return None
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and pair.weight.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if cast else pair.weight.dtype
+    if run is None:
+        return next(fold([pair], dtype))
+    convs, pairs = zip(*run.batches[conv], strict=True)
+    run.folded.update(zip(convs, fold(pairs, dtype), strict=True))
+    return run.folded.pop(conv)
+
+
 def _begin_run(root: nn.Module, _: Any) -> None:
     """Forward pre-hook: find out which convolutions are to be folded together."""
-    if torch.compiler.is_compiling():
+    if not _is_ordinary_run():
         return
-    outer = _RUN.get()
-    if outer is not None and outer.root is root:  # it never ended
-        outer = outer.outer
-    known = {} if outer is None else outer.together
-    kinds: dict[tuple, list[FoldingConv2d]] = {}
-    for conv in root.modules() if _is_ordinary_run() and not _is_checkpointed() else ():
-        if isinstance(conv, FoldingConv2d) and conv not in known and conv._parameters.get('weight') is not None:
-            norm = conv.norm()
-            if norm is not None:
-                kinds.setdefault((norm.eps, *_pair(conv).kind), []).append(conv)
-    parts = [_Together(part) for convs in kinds.values() for part in _parts(convs)]
-    _RUN.set(_Run(root, known | {conv: part for part in parts for conv in part.convs}, outer))
+    run = outer = _RUN.get()
+    while run is not None:
+        if run.root is root:  # it never ended
+            outer = run.outer
+        run = run.outer
+    batches: dict[nn.Module, list[tuple[FoldingConv2d, Pair]]] = {}
+    kinds: dict[tuple, list[tuple[FoldingConv2d, Pair]]] = {}
+    sizes: dict[tuple, int] = {}
+    for conv in _convolutions(root):
+        pair = None if outer is not None and conv in outer.batches else conv.pair()
+        if pair is None:
+            continue
+        kind, size = pair.kind, pair.weight.numel()
+        sizes[kind] = sizes.get(kind, WEIGHTS) + size
+        if sizes[kind] > WEIGHTS:
+            kinds[kind], sizes[kind] = [], size
+        kinds[kind].append((conv, pair))
+        batches[conv] = kinds[kind]
+    _RUN.set(_Run(root, batches, {}, _checkpoint(), outer))
 
 
 def _end_run(root: nn.Module, *_: Any) -> None:
@@ -183,22 +215,12 @@ def _end_run(root: nn.Module, *_: Any) -> None:
         _RUN.set(run.outer)
 
 
-def _parts(convs: list[FoldingConv2d]) -> list[list[FoldingConv2d]]:
-    """Consecutive ones, at most ``TOGETHER`` of them and, where there are several, ``WEIGHTS`` weights."""
-    parts: list[list[FoldingConv2d]] = []
-    size = 0
-    for conv in convs:
-        size += conv.weight.numel()
-        if not parts or len(parts[-1]) == TOGETHER or size > WEIGHTS:
-            parts.append([])
-            size = conv.weight.numel()
-        parts[-1].append(conv)
-    return parts
-
-
-def _pair(conv: FoldingConv2d) -> Pair:
-    norm = conv.norm()
-    return Pair(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+def _convolutions(module: nn.Module) -> Iterator[FoldingConv2d]:
+    for child in module._modules.values():
+        if isinstance(child, FoldingConv2d):
+            yield child
+        elif child is not None and child._modules:
+            yield from _convolutions(child)
 
 
 class _FoldedNorm(_Paired):
@@ -209,18 +231,15 @@ class _FoldedNorm(_Paired):
             here, so that nobody knows whether it is normalised.
     """
 
-    def has_fixed_statistics(self) -> bool:
-        return not self.training and self.running_mean is not None and self.running_var is not None
-
     def forward(self, x: Tensor) -> Tensor:
-        done = getattr(x, MARK, False) is True  # under torch.compile, too: the convolution may have run outside
+        done = getattr(x, MARK, None)  # under torch.compile, too: the convolution may have run outside
         if torch.compiler.is_compiling():
             return x if done else super().forward(x)
         if done:
             self._check_input_dim(x)
             delattr(x, MARK)
             return x
-        if _may_fold(x) and self.has_fixed_statistics() and self.other() is not None:
+        if done is None and not self.training and _may_fold(x) and self.other() is not None:
             raise RuntimeError('fold_norm: a BatchNorm was to hand on what the convolution before it has normalised, '
                                'but got something else; call unfold_norm_ on this model')
         return super().forward(x)
@@ -258,7 +277,7 @@ def _is_ordinary_run() -> bool:
                 or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
 
 
-def _is_checkpointed() -> bool:
-    """Whether this runs in an activation checkpoint, for the first time or again: both must keep the same."""
+def _checkpoint() -> Any:
+    """The activation checkpoint in which this runs, for the first time or again; None outside of all."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return bool(hooks) and getattr(hooks[0], '__module__', '') == checkpoint.__module__
+    return hooks if hooks and getattr(hooks[0], '__module__', '') == checkpoint.__module__ else None

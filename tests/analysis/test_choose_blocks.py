@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from rl_mmdet.analysis import choose_blocks, error_table
+from rl_mmdet.analysis import choose_blocks, cost_lines, error_table
 from rl_mmdet.analysis.choose_blocks import calibration_batches
 from rl_mmdet.engine import UserError, build_model, load_config
 from rl_mmdet.replacement import replace_blocks_
@@ -25,33 +25,47 @@ def saved(tiny_config, randomise_, tmp_path):
 def test_choice_is_that_of_the_plan_on_the_same_batches_from_a_detectors_or_a_backbones_checkpoint(tiny_config, saved,
                                                                                                   tmp_path):
     cfg = load_config(tiny_config(BASELINE))
-    report, errors = choose_blocks(cfg, saved, 0.3, batches=2)
+    [trial] = choose_blocks(cfg, saved, 0.3, batches=2, steps=3)
     weights = {key.removeprefix('backbone.'): value
                for key, value in torch.load(saved, weights_only=True)['state_dict'].items() if 'backbone.' in key}
     backbone = build_model(cfg).backbone
     backbone.load_state_dict(weights)
-    plan = BestFit(0.3, calibration_batches(cfg, 2))
-    assert replace_blocks_(backbone, dict(plan=plan)).replaced == report.replaced
-    assert plan.errors == errors
+    plan = BestFit(0.3, calibration_batches(cfg, 2), steps=3)
+    assert replace_blocks_(backbone, dict(plan=plan)).replaced == trial.report.replaced
+    assert plan.errors == trial.errors
     torch.save(weights, tmp_path / 'backbone.pth')
-    assert choose_blocks(cfg, str(tmp_path / 'backbone.pth'), 0.3, batches=2)[1] == errors
+    assert choose_blocks(cfg, str(tmp_path / 'backbone.pth'), 0.3, batches=2, steps=3)[0].errors == trial.errors
 
 
 def test_choice_of_a_replaced_config_is_that_of_its_baseline_with_its_fusion_and_operator(tiny_config, saved):
-    replaced = load_config(tiny_config())
-    report, errors = choose_blocks(replaced, saved, 0.3, batches=1)
-    assert errors == choose_blocks(load_config(tiny_config(BASELINE)), saved, 0.3, batches=1)[1]
+    replaced, options = load_config(tiny_config()), dict(batches=1, steps=0)
+    [trial] = choose_blocks(replaced, saved, 0.3, **options)
+    assert trial.errors == choose_blocks(load_config(tiny_config(BASELINE)), saved, 0.3, **options)[0].errors
     replaced.model.backbone.replacement.fusion = dict(type='ChannelFusion')
-    assert choose_blocks(replaced, saved, 0.3, batches=1)[0].settings['fusion'].startswith('ChannelFusion')
-    named, _ = choose_blocks(replaced, saved, 0.3, batches=1, operator='SlimBlock',
-                             fusion=json.dumps(dict(type='ScalarFusion', adapt=True)))
-    assert named.settings['fusion'].startswith('ScalarFusion')
-    assert named.settings['operator'].startswith('SlimBlock')
+    assert choose_blocks(replaced, saved, 0.3, **options)[0].report.settings['fusion'].startswith('ChannelFusion')
+    [named] = choose_blocks(replaced, saved, 0.3, operators=['SlimBlock'],
+                            fusion=json.dumps(dict(type='ScalarFusion', adapt=True)), **options)
+    assert named.report.settings['fusion'].startswith('ScalarFusion')
+    assert named.operator.startswith('SlimBlock')
+
+
+def test_several_operators_are_tried_on_the_same_backbone_with_their_costs(tiny_config, saved):
+    trials = choose_blocks(load_config(tiny_config(BASELINE)), saved, 0.3, batches=1, steps=0,
+                           operators=['FullBlock', 'Skip', 'FullBlock'])
+    full, skip, again = trials
+    assert full.errors == again.errors
+    assert all(error == pytest.approx(1) for error in skip.errors.values())
+    assert (full.learned, skip.learned) == (2 * sum(map(len, full.report.replaced.values())), 0)
+    assert full.flops == 1 > skip.flops > 0.3
+    lines = cost_lines(trials)
+    assert lines[0].startswith('FullBlock(): 2 blocks of ')
+    assert f'that learn {full.learned}; forward FLOPs of the backbone ×1.00' in lines[0]
 
 
 def test_frozen_stages_are_left_alone(tiny_config, saved):
     cfg = load_config(tiny_config(BASELINE), {'model.backbone.frozen_stages': 2})
-    assert {name.split('.')[0] for name in choose_blocks(cfg, saved, 0.3, batches=1)[1]} == {'layer3', 'layer4'}
+    [trial] = choose_blocks(cfg, saved, 0.3, batches=1, steps=0)
+    assert {name.split('.')[0] for name in trial.errors} == {'layer3', 'layer4'}
 
 
 def test_calibration_batches_are_normalised_and_the_same_at_every_call(tiny_config):
@@ -64,8 +78,9 @@ def test_calibration_batches_are_normalised_and_the_same_at_every_call(tiny_conf
 
 
 def test_table_has_every_block_with_its_error_or_reason(tiny_config, saved):
-    report, errors = choose_blocks(load_config(tiny_config(BASELINE)), saved, 0.3, batches=1)
-    cells = [list(column.cells) for column in error_table(report, errors).columns]
+    trials = choose_blocks(load_config(tiny_config(BASELINE)), saved, 0.3, batches=1, steps=0)
+    report, errors = trials[0].report, trials[0].errors
+    cells = [list(column.cells) for column in error_table(trials).columns]
     assert len(cells[0]) == 16
     assert cells[4].count('') == 16 - len(errors)
     assert sum('replace[' in cell for cell in cells[5]) == len([row for row in report.rows if row.replaced]) > 0
@@ -75,8 +90,9 @@ def test_table_has_every_block_with_its_error_or_reason(tiny_config, saved):
 @pytest.mark.parametrize(('options', 'arguments', 'message'), [
     ({}, dict(p=0.), 'p must be a number above 0 and at most 1'),
     ({}, dict(batches=0), '--batches must be at least 1, got 0'),
+    ({}, dict(steps=-1), 'BestFit: steps must be an integer of at least 0, got -1'),
     ({}, dict(fusion='Nothing'), "unknown type 'Nothing'; allowed: ChannelFusion"),
-    ({}, dict(operator='{"type": '), r"--operator: not a JSON object \(.*--operator '\{\"type\": \"NAME\"\}'"),
+    ({}, dict(operators=['{"type": ']), r"--operator: not a JSON object \(.*--operator '\{\"type\": \"NAME\"\}'"),
     ({}, dict(fusion='{"type": "ScalarFusion", "init": "x"}'), 'init must be a finite number'),
     ({'model.backbone': None}, {}, 'model.backbone is missing'),
     ({'model.backbone.type': 'NoNet'}, {}, "unknown type 'NoNet'"),
@@ -90,13 +106,13 @@ def test_wrong_settings_are_user_errors(tiny_config, saved, options, arguments, 
     cfg = load_config(tiny_config(BASELINE))
     cfg.merge_from_dict(options)
     with pytest.raises(UserError, match=message):
-        choose_blocks(cfg, saved, **dict(p=0.3, batches=1) | arguments)
+        choose_blocks(cfg, saved, **dict(p=0.3, batches=1, steps=0) | arguments)
 
 
 @pytest.mark.parametrize(('content', 'message'), [
     (None, 'weights.pth: there is no such checkpoint file'),
     ({'backbone.conv1.weight': torch.zeros(1)}, r"tensors don't fit the model"),
-    ('replaced', 'materialize it first'),
+    ('replaced', 'materialize the checkpoint first'),
     ({'state_dict': {}, 'code': re.compile}, 'add --allow-pickle'),
 ])
 def test_wrong_checkpoints_are_user_errors(tiny_config, tmp_path, content, message):

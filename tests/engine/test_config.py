@@ -51,7 +51,7 @@ val_evaluator = dict(ann_file=data_root + 'annotations/val.json', outfile_prefix
     assert cfg.val_evaluator == dict(ann_file='/elsewhere/annotations/val.json', outfile_prefix='./work/data/coco/x')
 
 
-OF_REPLACED = ['FiniteLossHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
+OF_REPLACED = ['FiniteLossHook', 'FitOutputsHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
 
 
 @pytest.mark.parametrize(('replacement', 'given', 'hooks', 'constructor'), [

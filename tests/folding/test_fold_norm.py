@@ -64,16 +64,16 @@ def kept(model: nn.Module, image: Tensor) -> int:
 
 
 def folds(model: nn.Module, image: Tensor) -> bool:
-    """Whether some convolution folds its norm when the model runs: seen in the graph that it leaves."""
+    """Whether its convolutions fold their norms when the model runs: seen in the graph that it leaves."""
     todo, seen = [model(image.clone().requires_grad_()).grad_fn], set()
     while todo:
         node = todo.pop()
-        if 'FoldedConvolution' in type(node).__name__:
-            return True
+        if 'BatchNorm' in type(node).__name__:
+            return False
         if node is not None and node not in seen:
             seen.add(node)
             todo += [parent for parent, _ in node.next_functions]
-    return False
+    return True
 
 
 def within_layers(module: nn.Module) -> nn.Module | None:
@@ -95,7 +95,7 @@ def test_gradients_equal_plain_autograd(pair, name, norm):
 
 @pytest.mark.parametrize('for_image', [True, False])
 @pytest.mark.parametrize('learns', [(), *((slot,) for slot in SLOTS), SLOTS[2:]])
-def test_frozen_parameters_need_and_keep_nothing(pair, learns, for_image):
+def test_frozen_parameters_need_no_gradient(pair, learns, for_image):
     model, image = pair(bias=True), picture()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learns)
@@ -103,18 +103,18 @@ def test_frozen_parameters_need_and_keep_nothing(pair, learns, for_image):
     fold_norm_(model)
     assert_equal(results(model, image, for_image), expected)
     assert set(expected) - {'out', 'image'} == set(learns)
-    for_weights = bool({'0.weight', '1.weight'} & set(learns))
-    assert kept(model, image) == for_weights * image.numel() * 8
+    assert kept(model, image) == (image.numel() + model[0].weight.numel()) * 8
 
 
-def test_nothing_between_is_kept_and_nothing_more_is_computed(pair):
+def test_instead_of_what_lies_between_the_folded_weight_is_kept_and_nothing_more_is_computed(pair):
     def flops() -> int:
         return count_flops(lambda: model(image.clone().requires_grad_()).sum().backward())
 
     model, image = pair(padding=1), picture()
     plain, cost = kept(model, image), flops()
     fold_norm_(model)
-    assert kept(model, image) == image.numel() * 8 == plain - 2 * image.numel() * 8
+    assert kept(model, image) == (image.numel() + model[0].weight.numel()) * 8
+    assert plain == 3 * image.numel() * 8
     assert flops() == cost
 
 
@@ -148,7 +148,7 @@ def test_bfloat16_is_near_and_has_the_same_dtypes(pair, autocast):
         plain = results(model, image)
         fold_norm_(model)
         folded = results(model, image)
-        assert kept(model, image) == image.numel() * 2
+        assert kept(model, image) == (image.numel() + model[0].weight.numel()) * 2
     for name, value in expected.items():
         assert folded[name].dtype == plain[name].dtype
         error = (folded[name] - value).norm() / value.norm()
@@ -171,15 +171,26 @@ def test_what_cant_be_done_raises(pair):
     fold_norm_(model)
     with pytest.raises(ValueError, match='expected 4D input'):
         model(picture()[0])
-    [grad] = torch.autograd.grad(model(image).square().sum(), image, create_graph=True)
+    [grad] = torch.autograd.grad(model(image).square().sum(), model[0].weight, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         grad.sum().backward()
-    for name in ('0.weight', '1.weight', '1.running_mean', '1.running_var'):
-        out = model(image)
-        with torch.no_grad():
-            model.state_dict()[name].mul_(2)
-        with pytest.raises(RuntimeError, match='inplace'):
-            out.sum().backward()
+    out = model(image)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match='inplace'):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize('name', ['1.weight', '1.running_mean', '1.running_var'])
+def test_gradients_are_those_of_the_forward_run(pair, name):
+    expected, model, image = results(pair(), picture()), pair(), picture().requires_grad_()
+    fold_norm_(model)
+    out = model(image)
+    with torch.no_grad():
+        model.state_dict()[name].mul_(2)
+    (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    assert_equal({name: parameter.grad for name, parameter in model.named_parameters()},
+                 {name: expected[name] for name, _ in model.named_parameters()})
 
 
 # Several convolutions folded together

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def test_a_second_call_reuses_finished_runs_and_tries_failed_ones_again(comparis
     assert not (runs['twin, seed 1'].folder / 'error.txt').exists()
     assert '[1/4] base, seed 0: finished before' in said
     assert '[4/4] twin, seed 1: Epoch(train) [1][ 1/2] loss 1.500; all in about 1 min' in said
+
+
+def test_trainings_side_by_side_are_all_done_and_a_failing_one_does_not_stop_the_others(comparison, tools, capfd):
+    train_all(comparison, replace(tools, jobs=3), print)
+    runs = {str(run): run for run in comparison.runs()}
+    assert [name for name, run in runs.items() if scores_of(run) is None] == ['twin, seed 1']
+    assert 'out of luck' in complaint(runs['twin, seed 1'])
+    assert '[3/4] base, seed 1: bbox AP 1.000' in capfd.readouterr().out
+    with pytest.raises(UserError, match='--jobs must be at least 1, got 0'):
+        replace(tools, jobs=0)
 
 
 def test_after_kill_9_no_training_is_left_behind_and_the_next_call_goes_on(comparison, tools, tmp_path):
