@@ -16,6 +16,7 @@ from ...replacement.start import Fade, FitOutputs, Unexplained, fit_outputs_, la
 from ..calibration import feature_extractor, images_of, training_batches
 from ..detectors import plain_model
 
+REMOVED_BLOCKS = 'removed_blocks'
 STEPS_TO_ESTIMATE = 5
 
 
@@ -27,28 +28,42 @@ class FitOutputsHook(Hook):
     batches are random ones of the training set, the same for the same seed; they and the fit are in float32, also
     where training isn't. Under DDP every process has its own batches and gradients are averaged, so that all end with
     the same weights. See :func:`~rl_mmdet.replacement.fit_outputs_`.
+
+    With ``fade`` it then lets the removed blocks fade out (:class:`~rl_mmdet.replacement.start.Fade`). Checkpoints hold
+    them as long as that lasts, so that a training can be resumed in between.
     """
     priority = 'ABOVE_NORMAL'  # before RecalibrateNormsHook, which then has less to do
 
     def __init__(self) -> None:
-        self.fades: list[Fade] = []
+        self.fades: dict[str, Fade] = {}
+        self.saved: dict[str, dict] | None = None
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if runner._resume:
+            self.saved = checkpoint.get(REMOVED_BLOCKS, {})
 
     def before_train(self, runner: Runner) -> None:
         model = plain_model(runner)
-        for layer in layers_to_fit(model).values():
-            if not layer.fit_wanted:
+        for name, layer in layers_to_fit(model).items():
+            if self.saved is None and layer.fit_wanted:
+                continue
+            if name in (self.saved or {}):
+                layer.removed.block.load_state_dict(self.saved[name])
+            else:
                 layer.forget_block_()
-        starts = [layer.start for layer in layers_to_fit(model).values()]
-        if starts:
-            self._fit(runner, model, starts[0])
-            self.fades = [Fade(layer) for layer in layers_to_fit(model).values()]
+        layers = layers_to_fit(model)
+        if layers and self.saved is None:
+            self._fit(runner, model, next(iter(layers.values())).start)
+        self.fades = {name: Fade(layer) for name, layer in layers_to_fit(model).items()}
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        for fade in list(self.fades):
-            fade.alpha = runner.iter / fade.layer.start.fade
-            if fade.alpha >= 1:
-                fade.end()
-                self.fades.remove(fade)
+        for fade in self.fades.values():
+            fade.set_(runner.iter / fade.layer.start.fade)
+        self.fades = {name: fade for name, fade in self.fades.items() if fade.layer.removed.block is not None}
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if self.fades:
+            checkpoint[REMOVED_BLOCKS] = {name: fade.block.state_dict() for name, fade in self.fades.items()}
 
     def _fit(self, runner: Runner, model: nn.Module, start: FitOutputs) -> None:
         """Fit all layers of ``model`` that still have their block."""

@@ -1,4 +1,4 @@
-"""Removed blocks that fade out while the model is trained."""
+"""Removed blocks that fade out in the first steps of a training."""
 from typing import Any
 
 import torch
@@ -9,25 +9,30 @@ from ..computing_layer import ComputingLayer
 
 
 class Fade:
-    r"""Lets a removed block leave step by step.
+    r"""Lets a removed block leave step by step, so that the blocks around it have time to get used to that.
 
     .. math:: h_{out} = B(h) + α\,(C(h) - B(h))
 
-    with the removed block B, which is fixed, and the computing layer C. Gradients go through both. In eval mode the
-    computing layer is alone.
+    with the removed block B, which doesn't learn, and the computing layer C. Gradients go through both to h. In eval
+    mode the computing layer is alone. As long as it lasts, a step also costs what B costs.
 
     Args:
-        layer: still has its removed block.
-
-    Attributes:
-        alpha: α, from 0 to 1.
+        layer: still has its removed block, which is moved to the layer's device.
     """
 
     def __init__(self, layer: ComputingLayer) -> None:
+        like = next(layer.kept[0].parameters())
         self.layer = layer
-        self.alpha = 0.
-        self.block = layer.removed.block.to(next(layer.kept[0].parameters()).device).eval().requires_grad_(False)
+        self.block = layer.removed.block.to(like.device).eval().requires_grad_(False)
+        self.alpha = torch.zeros((), device=like.device)  # a tensor: a number would be compiled in
         self.handle = layer.register_forward_hook(self._mix, with_kwargs=True)
+
+    def set_(self, alpha: float) -> None:
+        """Set α for the next step; from 1 on the computing layer is alone for good, and the block is dropped."""
+        self.alpha.fill_(alpha)
+        if alpha >= 1:
+            self.handle.remove()
+            self.layer.forget_block_()
 
     def _mix(self, layer: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         if not layer.training:
@@ -35,9 +40,5 @@ class Fade:
         return tree_map(self._mixture, self.block(*args, **kwargs), out)
 
     def _mixture(self, block: Any, layer: Any) -> Any:
-        return torch.lerp(block.to(layer.dtype), layer, self.alpha) if isinstance(layer, Tensor) else layer
-
-    def end(self) -> None:
-        """From now on the computing layer is alone; the removed block is dropped."""
-        self.handle.remove()
-        self.layer.forget_block_()
+        """Of two tensors of outputs; what else there is among these is the layer's."""
+        return torch.lerp(block.to(layer), layer, self.alpha.to(layer)) if isinstance(layer, Tensor) else layer

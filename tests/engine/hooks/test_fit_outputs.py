@@ -71,6 +71,20 @@ def test_a_baseline_is_fitted_to_once_and_the_log_says_what_is_left_unexplained(
         assert not layers_to_fit(own.model)
 
 
+def test_removed_blocks_fade_out_and_resuming_in_between_goes_on_as_if_nothing_had_been(config, checkpoint, tmp_path):
+    more = {'load_from': checkpoint, 'train_cfg.max_epochs': 2, 'model.backbone.replacement.start.fade': 5}
+    whole, _, log = trained(config(**more))
+    assert log.count('computing layers fitted') == 1
+    first = tmp_path / 'run' / 'epoch_1.pth'  # after 3 of 6 iterations
+    assert list(torch.load(first, weights_only=False)['removed_blocks']) == [
+        f'backbone.layer{name}' for name in ('1.1', '2.1', '3.1', '3.3', '4.1')]
+    assert 'removed_blocks' not in torch.load(tmp_path / 'run' / 'epoch_2.pth', weights_only=False)
+    resumed, _, log = trained(config(**more | dict(load_from=str(first), resume=True)))
+    assert 'computing layers fitted' not in log
+    assert all(torch.equal(value, resumed.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
+    assert not layers_to_fit(resumed.model)
+
+
 def test_without_weights_to_fit_to_it_is_refused_before_anything_is_written(config, tmp_path):
     with pytest.raises(UserError, match=r"replacement.start: FitOutputs\(.*needs a trained baseline's weights, and no"):
         check_training(config())

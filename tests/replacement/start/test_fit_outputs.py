@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_mmdet.replacement import computing_layers, fit_outputs_, materialize, replace_blocks_
-from rl_mmdet.replacement.start import layers_to_fit
+from rl_mmdet.replacement.start import Fade, layers_to_fit
 
 PLAN = dict(type='Blocks', blocks={'layer1': [1], 'layer2': [1, 3]})
 NAMES = ['layer1.1', 'layer2.1', 'layer2.3']
@@ -113,7 +113,31 @@ def test_what_is_kept_of_the_removed_blocks_is_no_part_of_the_model(trained):
     assert list(layers_to_fit(copy.deepcopy(net))) == NAMES
 
 
+def test_a_fade_goes_from_the_block_to_the_layer(trained, batches):
+    """In training; in eval mode the layer is alone all the time."""
+    net = replaced(trained).train()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    fades = [Fade(layer) for layer in computing_layers(net).values()]
+    alone = replaced(trained)
+    torch.testing.assert_close(net(batches[0]), trained(batches[0]))
+    for fade in fades:
+        fade.set_(0.5)
+    x = torch.randn(2, 3, 4, 4)
+    layer, block = alone.layer1[1], trained.layer1[1]
+    h = trained.layer1[0](x)
+    torch.testing.assert_close(net.layer1[1](h), (layer(h) + block(h)) / 2)
+    torch.testing.assert_close(net.eval()(batches[0]), alone(batches[0]))
+    net.train()
+    for fade in fades:
+        fade.set_(1)
+    assert not layers_to_fit(net)
+    assert not any(layer._forward_hooks for layer in computing_layers(net).values())
+
+
 @pytest.mark.parametrize(('settings', 'message'), [
+    (dict(start=dict(type='FitOutputs', fade=-1)), 'fade must be an integer of at least 0, got -1'),
     (dict(start=dict(type='FitOutputs', batches=0)), 'replacement.start: FitOutputs: batches must be an integer of at '
                                                      'least 1, got 0'),
     (dict(start=dict(type='FitOutputs', steps=0)), 'steps must be an integer of at least 1, got 0'),
