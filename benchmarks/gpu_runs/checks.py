@@ -45,10 +45,11 @@ def _pytest(args: argparse.Namespace, seconds: float, results: Path, log: Path) 
                *args.tests, *shlex.split(args.pytest)]
     paths = [str(ROOT / 'benchmarks'), str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     more = dict(PYTHONPATH=os.pathsep.join(paths), GPU_CHECKS_RESULTS=str(results.resolve()))
+    outer = {key: value for key, value in os.environ.items() if not key.startswith('PYTEST_')}
     if args.device == 'cpu':
         more['RL_MMDET_TEST_DEVICE'] = 'cpu'
     with log.open('w') as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=os.environ | more,
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=outer | more,
                                    start_new_session=True)
         try:
             process.wait(max(1., seconds))

@@ -45,8 +45,9 @@ class Case:
         return _build(dict(self.rl, replacement=None, **more))
 
     def build(self, mode: str = 'detached', fusion: dict[str, Any] | None = None,
-              operator: dict[str, Any] | None = None, **more: Any) -> nn.Module:
-        replacement = dict(EVERY_SECOND, fusion=fusion, operator=operator, gradient=dict(mode=mode, every=1))
+              operator: dict[str, Any] | None = None, start: dict[str, Any] | None = None, **more: Any) -> nn.Module:
+        replacement = dict(EVERY_SECOND, fusion=fusion, operator=operator, gradient=dict(mode=mode, every=1),
+                           start=start)
         return _build(dict(self.rl, replacement=replacement, **more))
 
 

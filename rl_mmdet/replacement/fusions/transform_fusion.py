@@ -31,7 +31,7 @@ class TransformFusion(Fusion):
         init, adapt: see :class:`Fusion`.
 
     Raises:
-        ValueError: ``share`` outside of (0, 1], a negative ``rank``, or one larger than a weight's channels.
+        ValueError: ``share`` outside of (0, 1], a negative ``rank``, or one larger than a weight's output channels.
 
     Source: "Replacement Learning: Training Neural Networks with Fewer Parameters", arXiv 2605.19533 ("learnable
     block"); the form is ours.

@@ -71,14 +71,14 @@ def test_wrong_arguments_raise(more, message):
 
 @pytest.mark.parametrize(('shapes', 'name', 'limit'), [
     ({'a.weight': (8, 8), 'b.weight': (3, 4, 3, 3)}, 'b.weight', 3),
-    ({'a.weight': (8, 2), 'b.weight': (8, 4)}, 'a.weight', 2),
+    ({'a.weight': (4, 2), 'b.weight': (8, 4)}, 'a.weight', 4),
 ])
 def test_rank_too_large_names_the_tensor_and_the_limit(shapes, name, limit):
     message = f'TransformFusion: rank=5, but {name} {shapes[name]} allows at most {limit}'
     with pytest.raises(ValueError, match=re.escape(message)):
         TransformFusion(rank=5).check(shapes)
     TransformFusion(rank=limit).check(shapes)
-    assert TransformFusion(share=1.0).rank_for({'a.weight': (1000, 1000), 'b.weight': (1000, 2)}) == 2
+    assert TransformFusion(share=1.0).rank_for({'a.weight': (1000, 1000), 'b.weight': (2, 1000)}) == 2
 
 
 # How much is learned, at the sizes of real blocks

@@ -94,7 +94,7 @@ def test_a_baselines_checkpoint_gives_its_own_tensors_and_fits_the_rest(build, t
         for name in ('conv1.weight', 'norm1.weight', 'norm1.bias'):
             before, after = (baseline.layer2[index].get_parameter(name) for index in (1, 4))
             baseline.layer2[2].get_parameter(name).copy_(2 * before - after)
-    net = build(fusion=dict(pretrained='least_squares'))
+    net = build(start=dict(type='LeastSquares'))
     _, report = adapt_state_dict(net, baseline.state_dict())
     assert (report.missing, report.left_over, report.mismatched) == ([], [], {})
     assert report.fits['layer2.2'].residual < 1e-6
