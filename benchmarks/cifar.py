@@ -29,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -37,6 +37,7 @@ from cifar_runs.images import Data, read
 from cifar_runs.networks import ARMS, NETWORKS
 from cifar_runs.page import page
 from cifar_runs.training import Recipe, Run, train
+from command_line import Parser, positive
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = dict(epochs=20, seeds=3, batch=512, width=16, train_images=None, test_images=None,
@@ -94,19 +95,6 @@ def describe(row: dict[str, Any]) -> str:
     if 'error' in row:
         return f'{name}: {row["error"]}'
     return f'{name}: {row["accuracy"]:.2%}, loss {row["loss"]:.3f}, {sum(row["seconds"]):.0f} s'
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f'error: {message}\n')
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no integer of at least 1')
-    return int(text)
 
 
 def minutes(text: str) -> float:

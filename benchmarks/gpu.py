@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from command_line import Parser, positive
 from gpu_runs.checks import run_checks
 from gpu_runs.common import Clock, why
 from gpu_runs.profiles import run_profile
 from gpu_runs.steps import run_steps
 from gpu_runs.variants import cases_of
-from train_step import Parser, positive
 
 PARTS: dict[str, Callable[[argparse.Namespace, Clock], list[str]]] = {
     'A': run_checks, 'B': run_steps, 'C': lambda args, clock: run_profile(args, clock, cases_of(args.small)[0])}

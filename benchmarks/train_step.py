@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -40,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rl_mmdet  # noqa: F401
+from command_line import Parser, positive
 from rl_mmdet.analysis import (
     count_flops,
     mean_over_steps,
@@ -428,19 +429,6 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     cpu = f'{threads} thread{"s" if threads > 1 else ""} of {processor()}'
     return dict(torch=torch.__version__, cuda=cuda, device=torch.cuda.get_device_name() if cuda else cpu,
                 rounds=args.rounds)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f'error: {message}\n')
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no integer of at least 1')
-    return int(text)
 
 
 def parse() -> argparse.Namespace:

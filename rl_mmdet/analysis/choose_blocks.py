@@ -18,7 +18,7 @@ from ..engine import UserError, build_model, check_checkpoint, read_checkpoint
 from ..engine.preflight import check_data, make_data
 from ..models.backbones.replacement_mixin import replace_in_backbone_
 from ..models.layouts import own_layout, state_dict_of, translates
-from ..replacement import ReplacementReport, computing_layers
+from ..replacement import ReplacementReport
 from ..replacement.plans import BestFit
 from ..replacement.plans.trial import forward_flops
 from .blocks import backbone_cfg
@@ -32,14 +32,11 @@ class Trial:
         operator: its settings.
         report: on the backbone with the chosen blocks replaced.
         errors: what each block's computing layer leaves unexplained after a fit, by the block's name.
-        removed, learned: numbers of parameters that the chosen blocks had, and that their computing layers learn.
         flops: of the replaced backbone's forward run over the baseline's.
     """
     operator: str
     report: ReplacementReport
     errors: dict[str, float]
-    removed: int
-    learned: int
     flops: float
 
 
@@ -75,8 +72,9 @@ def choose_blocks(cfg: Config, checkpoint: str, p: float, *, batches: int = 4, s
     backbone = build_model(Config(dict(model=given, default_scope=cfg.get('default_scope', 'mmdet'))))
     _load_(backbone, checkpoint, allow_pickle)
     inputs = calibration_batches(cfg, batches)
+    backbone.to(get_device())
     try:
-        return [_try(backbone.to(get_device()), dict(settings, operator=operator), p, inputs, steps)
+        return [_try(backbone, dict(settings, operator=operator), p, inputs, steps)
                 for operator in asked]
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
@@ -86,13 +84,10 @@ def _try(backbone: nn.Module, settings: Mapping[str, Any], p: float, inputs: lis
     """One operator's trial; the backbone stays as it is."""
     plan, replaced = BestFit(p, inputs, steps), copy.deepcopy(backbone)
     report = replace_in_backbone_(replaced, dict(settings, plan=plan))
-    learned = sum(parameter.numel() for layer in computing_layers(replaced).values()
-                  for parameter in layer.own_parameters().values())
-    removed = sum(row.parameters for row in report.rows if row.replaced)
     backbone.eval()
     replaced.eval()
     flops = forward_flops(replaced, inputs[0].shape[2:]) / forward_flops(backbone, inputs[0].shape[2:])
-    return Trial(report.settings['operator'], report, plan.errors, removed, learned, flops)
+    return Trial(report.settings['operator'], report, plan.errors, flops)
 
 
 def calibration_batches(cfg: Config, count: int, seed: int = 0) -> list[Tensor]:
@@ -138,8 +133,9 @@ def error_table(trials: Sequence[Trial]) -> Table:
 
 def cost_lines(trials: Sequence[Trial]) -> list[str]:
     """What each operator costs in the place of the blocks that its trial has chosen."""
-    return [f'{trial.operator}: {sum(map(len, trial.report.replaced.values()))} blocks of {trial.removed:,} parameters '
-            f'replaced by layers that learn {trial.learned:,}; forward FLOPs of the backbone ×{trial.flops:.2f}'
+    return [f'{trial.operator}: {sum(map(len, trial.report.replaced.values()))} blocks of '
+            f'{trial.report.removed_parameters:,} parameters replaced by layers that learn {trial.report.learnable:,}; '
+            f'forward FLOPs of the backbone ×{trial.flops:.2f}'
             for trial in trials]
 
 

@@ -60,7 +60,7 @@ def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pick
     if path:
         with _named(setting):
             reports[f'{setting}={path}'] = check_checkpoint(model, path, **options)
-    _check_start(cfg, model, [report for report in reports.values() if isinstance(report, LoadReport)])
+    _check_start(model, [report for report in reports.values() if isinstance(report, LoadReport)])
     return [f'{title}:\n{report}' for title, report in reports.items()]
 
 
@@ -173,7 +173,7 @@ def _check_distributed(cfg: Config, model: nn.Module) -> None:
                         "model_wrapper_cfg.static_graph=True, or use mode 'detached'")
 
 
-def _check_start(cfg: Config, model: nn.Module, loaded: Sequence[LoadReport]) -> None:
+def _check_start(model: nn.Module, loaded: Sequence[LoadReport]) -> None:
     """A start that is fitted to the removed blocks needs their weights, or a replaced model's own."""
     fitted = [layer.start for layer in computing_layers(model).values() if layer.start.keeps_block]
     if fitted and not loaded:

@@ -55,11 +55,11 @@ def test_several_operators_are_tried_on_the_same_backbone_with_their_costs(tiny_
     full, skip, again = trials
     assert full.errors == again.errors
     assert all(error == pytest.approx(1) for error in skip.errors.values())
-    assert (full.learned, skip.learned) == (2 * sum(map(len, full.report.replaced.values())), 0)
+    assert (full.report.learnable, skip.report.learnable) == (2 * sum(map(len, full.report.replaced.values())), 0)
     assert full.flops == 1 > skip.flops > 0.3
     lines = cost_lines(trials)
     assert lines[0].startswith('FullBlock(): 2 blocks of ')
-    assert f'that learn {full.learned}; forward FLOPs of the backbone ×1.00' in lines[0]
+    assert f'that learn {full.report.learnable}; forward FLOPs of the backbone ×1.00' in lines[0]
 
 
 def test_frozen_stages_are_left_alone(tiny_config, saved):

@@ -30,12 +30,6 @@ def layers_to_fit(model: nn.Module) -> dict[str, ComputingLayer]:
     return {name: layer for name, layer in computing_layers(model).items() if layer.removed.block is not None}
 
 
-def drop_removed_blocks_(model: nn.Module) -> None:
-    """Drop the removed blocks that are still there: nothing will be fitted any more."""
-    for layer in layers_to_fit(model).values():
-        layer.forget_block_()
-
-
 def fit_outputs_(model: nn.Module, batches: Sequence[Any], steps: int = 200, lr: float = 0.03,
                  run: Run | None = None, reduce: Reduce | None = None,
                  track: Callable[[Iterable[int]], Iterable[int]] = iter, keep: bool = False) -> dict[str, Unexplained]:
@@ -88,8 +82,8 @@ def fit_outputs_(model: nn.Module, batches: Sequence[Any], steps: int = 200, lr:
                 run(model, batch)
 
         found = fit_layers_(layers, batches, steps, lr, receive, reduce, track)
-    if not keep:
-        drop_removed_blocks_(model)
+    for layer in () if keep else layers.values():
+        layer.forget_block_()
     if stale:
         recalibrate_norms_(model, batches, lambda batch: run(model, batch), reduce)
     return found
@@ -112,9 +106,9 @@ def fit_layers_(layers: Mapping[str, ComputingLayer], batches: Sequence[Any], st
     Returns:
         What is left unexplained.
     """
-    names = {name: [value for value in layer.own_parameters().values() if value.requires_grad]
-             for name, layer in layers.items()}
-    parameters = [parameter for own in names.values() for parameter in own]
+    learned = {name: [value for value in layer.own_parameters().values() if value.requires_grad]
+               for name, layer in layers.items()}
+    parameters = [parameter for own in learned.values() for parameter in own]
     start = [parameter.clone() for parameter in parameters]
     before = _measure(layers, batches, receive, reduce)
     if not (parameters and steps):
@@ -126,8 +120,8 @@ def fit_layers_(layers: Mapping[str, ComputingLayer], batches: Sequence[Any], st
         with torch.enable_grad():
             difference, effect = _squares(_call(layer, inputs), *target)
             loss = difference / effect.clamp(min=torch.finfo(effect.dtype).tiny)
-            grads = torch.autograd.grad(loss, names[name], allow_unused=True) if names[name] else ()
-        for parameter, grad in zip(names[name], grads, strict=True):
+            grads = torch.autograd.grad(loss, learned[name], allow_unused=True) if learned[name] else ()
+        for parameter, grad in zip(learned[name], grads, strict=True):
             parameter.grad = grad
 
     for step in track(range(steps)):
@@ -139,7 +133,7 @@ def fit_layers_(layers: Mapping[str, ComputingLayer], batches: Sequence[Any], st
         optimizer.zero_grad()
         schedule.step()
     after = _measure(layers, batches, receive, reduce)
-    worse = {id(value) for name, own in names.items() if not after[name] < before[name] for value in own}
+    worse = {id(value) for name, own in learned.items() if not after[name] < before[name] for value in own}
     for parameter, value in zip(parameters, start, strict=True):
         if id(parameter) in worse:
             parameter.copy_(value)
@@ -223,17 +217,13 @@ def make_ready_to_fit_(layer: ComputingLayer) -> None:
 
 def _unreplaced(model: nn.Module) -> nn.Module:
     """The model as it was before blocks were replaced; its parameters *are* the model's."""
-    layers = layers_to_fit(model)
+    layers, device = layers_to_fit(model), next(model.parameters()).device
     twin = copy_around_parameters(model, *(layer.removed.block for layer in layers.values()))
     for name in layers:
         parent, _, key = name.rpartition('.')
         block = twin.get_submodule(name).removed.block
-        twin.get_submodule(parent)._modules[key] = block.to(_device_of(model)).eval()
+        twin.get_submodule(parent)._modules[key] = block.to(device).eval()
     return twin
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _record(model: nn.Module, names: Iterable[str], run: Callable[[], Any]) -> dict[str, tuple[list, list]]:
