@@ -289,7 +289,9 @@ def set_step_(model: nn.Module, step: int, staggered: bool = True) -> None:
 
 def _tensor(block: nn.Module, name: str) -> Tensor:
     """A block's parameter, or the plain tensor that ``torch.func.functional_call`` put in its place."""
-    return getattr(*slot_of(block, name))
+    owner, slot = slot_of(block, name)
+    tensor = owner._parameters.get(slot)  # as a rule; getattr looks for everything else first
+    return getattr(owner, slot) if tensor is None else tensor
 
 
 def _save_shared_once(layer: ComputingLayer, state: dict, prefix: str, *_: Any) -> None:
