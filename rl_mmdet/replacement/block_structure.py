@@ -29,6 +29,14 @@ def all_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return module.named_parameters(remove_duplicate=False)
 
 
+def slot_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule in which the tensor called ``name`` stands, and what it is called there."""
+    *path, slot = name.split('.')
+    for key in path:
+        module = module._modules[key]
+    return module, slot
+
+
 def copy_around_parameters(module: nn.Module, *others: nn.Module) -> nn.Module:
     """A copy whose parameters *are* the module's, and those of ``others`` inside it theirs; all else is its own."""
     shared = [parameter for each in (module, *others) for parameter in each.parameters()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block_structure import all_parameters
+from .block_structure import all_parameters, slot_of
 from .chain import Chain, Choice
 from .fusions import Fusion, Pair
 from .gradient import Gradient, scaled_gradients, with_zero_gradients
@@ -150,7 +150,8 @@ class ComputingLayer(nn.Module):
 
     def read(self, name: str, tensor: Tensor) -> Tensor:
         """What the operator needs of a tensor of this name, which is in the removed block's size or in another one."""
-        return self.operator.read(resize(name, tensor, self.removed.shapes[name]), self.made[name])
+        tensor, shape = resize(name, tensor, self.removed.shapes[name]), self.made[name]
+        return tensor if tensor.shape == shape else self.operator.read(tensor, shape)
 
     def pairs(self) -> dict[str, Pair]:
         """The two tensors of kept blocks, before and after, for every tensor to make, in its shape."""
@@ -280,7 +281,7 @@ def set_step_(model: nn.Module, step: int, staggered: bool = True) -> None:
         staggered: blocks take turns. False lets all of them learn in the same steps: a model compiled as a whole then
             has two graphs, one for each kind of step.
     """
-    layers = computing_layers(model).values()
+    layers = [module for module in model.modules() if isinstance(module, ComputingLayer)]
     for number, layer in enumerate(layers):
         every = layer.gradient.every
         layer.turn = (step + (number * every // len(layers) if staggered else 0)) % every == 0
@@ -288,8 +289,9 @@ def set_step_(model: nn.Module, step: int, staggered: bool = True) -> None:
 
 def _tensor(block: nn.Module, name: str) -> Tensor:
     """A block's parameter, or the plain tensor that ``torch.func.functional_call`` put in its place."""
-    owner, _, slot = name.rpartition('.')
-    return getattr(block.get_submodule(owner), slot)
+    owner, slot = slot_of(block, name)
+    tensor = owner._parameters.get(slot)  # as a rule; getattr looks for everything else first
+    return getattr(owner, slot) if tensor is None else tensor
 
 
 def _save_shared_once(layer: ComputingLayer, state: dict, prefix: str, *_: Any) -> None:

@@ -93,7 +93,7 @@ def build_gradient(cfg: Any) -> Gradient:
 
 def scaled_gradients(parameters: Mapping[str, Tensor], factor: int) -> dict[str, Tensor]:
     """The parameters' values, with gradients that are ``factor`` times as large."""
-    if factor == 1:
+    if factor == 1 or not torch.is_grad_enabled():
         return dict(parameters)
     return {name: _ScaledGradient.apply(parameter, factor) for name, parameter in parameters.items()}
 
@@ -101,9 +101,11 @@ def scaled_gradients(parameters: Mapping[str, Tensor], factor: int) -> dict[str,
 def with_zero_gradients(out: Any, parameters: Iterable[Tensor]) -> Any:
     """``out``, a tensor or several in tuples and lists, in which the parameters take part with gradients of zeros."""
     learning = [parameter for parameter in parameters if parameter.requires_grad]
-    tensors, structure = tree_flatten(out)
     if not learning or not torch.is_grad_enabled():
         return out
+    if isinstance(out, Tensor):
+        return _WithZeroGradients.apply(out, *learning)
+    tensors, structure = tree_flatten(out)
     return tree_unflatten([_WithZeroGradients.apply(tensors[0], *learning), *tensors[1:]], structure)
 
 

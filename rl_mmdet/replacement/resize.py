@@ -40,9 +40,9 @@ def resize(name: str, tensor: Tensor, shape: Shape) -> Tensor:
     Raises:
         ValueError: another number of axes.
     """
-    shape = tuple(shape)
-    if tuple(tensor.shape) == shape:
+    if tensor.shape == shape:
         return tensor
+    shape = tuple(shape)
     if not can_resize(tuple(tensor.shape), shape):
         raise ValueError(f'{name} of shape {tuple(tensor.shape)} can\'t be resized to {shape}: other axes')
     kind = kind_of(name, shape)

@@ -76,7 +76,7 @@ class Fusion:
             parameters: the fusion's.
             pairs: the neighbours' tensors for each of them, in the order of the block's tensors.
         """
-        shapes = {name: _shape_of(pair) for name, pair in pairs.items()}
+        shapes = dict.fromkeys(pairs, ()) if self.one_pair else {name: _shape_of(pair) for name, pair in pairs.items()}
         return _mix(dict(self._pairs_of(parameters['coeff'], shapes)), pairs)
 
     @torch.no_grad()
@@ -106,11 +106,14 @@ class Fusion:
         return {'coeff': torch.full(size, self.init, dtype=torch.float64)}
 
     def _pairs_of(self, coeff: Tensor, shapes: dict[str, Shape]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        """For every tensor its a and b, shaped to be multiplied with it."""
+        """For every tensor its a and b, shaped to be multiplied with it; the same ones where there is one pair."""
+        if self.one_pair:
+            yield from dict.fromkeys(shapes, tuple(coeff)).items()
+            return
         start = 0
         for name, shape in shapes.items():
             count = self.groups(name, shape)
-            mine = coeff if self.one_pair else coeff[:, start:start + count]
+            mine = coeff[:, start:start + count]
             start += count
             yield name, tuple(mine.flatten() if count == 1 else (side.view(_per_group(name, shape)) for side in mine))
 
@@ -142,12 +145,13 @@ class Fusion:
 
 def _mix(factors: dict[str, Pair], pairs: dict[str, Pair]) -> dict[str, Tensor]:
     """a·before + b·after for every tensor; of a tensor that only one side has, that one's term."""
-    whole = [name for name, pair in pairs.items() if None not in pair]
+    # not "None in pair", which would ask tensors whether they equal None: that takes longer than to multiply them
+    whole = [name for name, (before, after) in pairs.items() if before is not None and after is not None]
     if torch.is_grad_enabled() or not whole:  # torch has no gradient for factors of its calls for several tensors
         made = {name: factors[name][0] * pairs[name][0] + factors[name][1] * pairs[name][1] for name in whole}
     else:
-        before, after = (torch._foreach_mul([pairs[name][side] for name in whole],
-                                            [factors[name][side] for name in whole]) for side in (0, 1))
+        before, after = (_multiplied([pairs[name][side] for name in whole], [factors[name][side] for name in whole])
+                         for side in (0, 1))
         torch._foreach_add_(before, after)
         made = dict(zip(whole, before, strict=True))
     for name, pair in pairs.items():
@@ -155,6 +159,12 @@ def _mix(factors: dict[str, Pair], pairs: dict[str, Pair]) -> dict[str, Tensor]:
             made[name] = next(factor * tensor for factor, tensor in zip(factors[name], pair, strict=True)
                               if tensor is not None)
     return {name: made[name] for name in pairs}
+
+
+def _multiplied(tensors: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+    """Each tensor times its factor; where all have the same one, CUDA does it in one launch."""
+    same = not factors[0].ndim and all(factor is factors[0] for factor in factors)
+    return torch._foreach_mul(tensors, factors[0] if same else factors)
 
 
 def _shape_of(pair: Pair) -> Shape:

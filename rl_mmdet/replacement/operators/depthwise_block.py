@@ -59,10 +59,9 @@ class DepthwiseBlock(ScaledOperator):
                 parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         [kernel] = tensors.values()
         scale = parameters['scale']
-        kernel = unit_length(kernel)
-        identity = torch.zeros_like(kernel[:1])
-        identity[..., kernel.shape[2] // 2, kernel.shape[3] // 2] = 1
-        return {'weight': identity + scale.view(-1, 1, 1, 1) * stretch(kernel, len(scale))}
+        kernel = scale.view(-1, 1, 1, 1) * stretch(unit_length(kernel), len(scale))
+        kernel[..., kernel.shape[2] // 2, kernel.shape[3] // 2].add_(1)  # the identity
+        return {'weight': kernel}
 
     def misfit(self, block: nn.Module) -> str | None:
         reason = misfit_of_convolutions(block)

@@ -3,9 +3,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ..block_structure import all_parameters
+from ..block_structure import all_parameters, slot_of
 from ..resize import Shape
 
 
@@ -35,8 +34,8 @@ class Operator:
         return frozenset()
 
     def read(self, tensor: Tensor, shape: Shape) -> Tensor:
-        """What it needs of a tensor of a kept block, before the fusion: here the leading part of that ``shape``."""
-        return tensor if tuple(tensor.shape) == shape else tensor[tuple(map(slice, shape))]
+        """What it needs, in ``shape``, of a larger tensor of a kept block, before the fusion: here the leading part."""
+        return tensor[tuple(map(slice, shape))]
 
     def template(self, block: nn.Module) -> nn.Module:
         """The ordinary module that runs in the place of ``block``, here the block; its weights don't matter."""
@@ -56,23 +55,21 @@ class Operator:
         return tensors
 
     def __call__(self, template: nn.Module, weights: dict[str, Tensor], method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run ``method`` of the template, in general ``'forward'``, on its ``weights``."""
-        if method == 'forward':
-            return functional_call(template, weights, args, kwargs)
-        return functional_call(_Method(template, method), {f'block.{name}': tensor for name, tensor in weights.items()},
-                               args, kwargs)
+        """Run ``method`` of the template, in general ``'forward'``, on its ``weights``.
+
+        They stand in its empty slots meanwhile, as with :func:`torch.func.functional_call`, whose care for tied weights
+        and whatever else a module may hold takes as long as a block's convolutions.
+        """
+        run = template if method == 'forward' else getattr(template, method)
+        slots = [slot_of(template, name) for name in weights]
+        before = [owner._parameters[slot] for owner, slot in slots]
+        try:
+            for (owner, slot), tensor in zip(slots, weights.values(), strict=True):
+                owner._parameters[slot] = tensor
+            return run(*args, **kwargs)
+        finally:
+            for (owner, slot), tensor in zip(slots, before, strict=True):
+                owner._parameters[slot] = tensor
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}()'
-
-
-class _Method(nn.Module):
-    """Another method of a block, as the forward of a module: :func:`functional_call` runs nothing else."""
-
-    def __init__(self, block: nn.Module, method: str) -> None:
-        super().__init__()
-        self.block = block
-        self.method = method
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.block, self.method)(*args, **kwargs)

@@ -117,10 +117,11 @@ class SlimConvolutions(nn.Module):
         self.slots = [name for name, _ in self.named_parameters()]
 
     def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self.convs
         out = x
-        for conv in self.convs[:-1]:
+        for conv in hidden:
             out = F.relu(conv(out), inplace=True)
-        return x + self.convs[-1](out)
+        return x + last(out)
 
 
 class SlimMlp(nn.Module):
