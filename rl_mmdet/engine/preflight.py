@@ -60,7 +60,8 @@ def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pick
     if path:
         with _named(setting):
             reports[f'{setting}={path}'] = check_checkpoint(model, path, **options)
-    _check_start(model, [report for report in reports.values() if isinstance(report, LoadReport)])
+    if not (path and setting == 'resume'):
+        _check_start(model, [report for report in reports.values() if isinstance(report, LoadReport)])
     return [f'{title}:\n{report}' for title, report in reports.items()]
 
 
@@ -174,12 +175,15 @@ def _check_distributed(cfg: Config, model: nn.Module) -> None:
 
 
 def _check_start(model: nn.Module, loaded: Sequence[LoadReport]) -> None:
-    """A start that is fitted to the removed blocks needs their weights, or a replaced model's own."""
+    """A start that is fitted to the removed blocks needs their weights; without a fade, a replaced model's own do."""
     fitted = [layer.start for layer in computing_layers(model).values() if layer.start.keeps_block]
     if fitted and not loaded:
         raise UserError(f"replacement.start: {fitted[0]} needs a trained baseline's weights, and none are loaded; "
                         "set model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) or load_from=FILE, or "
                         'leave start out')
+    if any(start.fade for start in fitted) and not loaded[-1].fits:
+        raise UserError(f'replacement.start: {fitted[0]} needs the removed blocks, and the checkpoint is a replaced '
+                        "model's own, which has none; load a baseline's, or set start.fade=0 to train on from it")
 
 
 def _pretrained_inits(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:

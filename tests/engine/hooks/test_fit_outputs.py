@@ -83,6 +83,9 @@ def test_removed_blocks_fade_out_and_resuming_in_between_goes_on_as_if_nothing_h
     assert 'computing layers fitted' not in log
     assert all(torch.equal(value, resumed.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
     assert not layers_to_fit(resumed.model)
+    check_training(config(**more | dict(load_from=str(first), resume=True)))
+    with pytest.raises(UserError, match=r"needs the removed blocks, and the checkpoint is a replaced model's own"):
+        check_training(config(**more | dict(load_from=str(first))))
 
 
 def test_without_weights_to_fit_to_it_is_refused_before_anything_is_written(config, tmp_path):
