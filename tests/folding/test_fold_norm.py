@@ -25,7 +25,7 @@ CONVS = {
 }
 SLOTS = ('0.weight', '0.bias', '1.weight', '1.bias')
 slow = pytest.mark.slow
-HOOKS_IN_GRAPH = hasattr(torch.compiler, 'is_compiling')  # before torch 2.3 a model's own forward hooks stay outside
+WHOLE_GRAPHS = hasattr(torch.compiler, 'is_compiling')  # before torch 2.3 forward hooks and marks break them
 
 
 @pytest.fixture
@@ -346,16 +346,16 @@ def test_compilers_get_the_plain_layers(pair):
     fold_norm_(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph.code) or graph.forward,
-                             fullgraph=HOOKS_IN_GRAPH)
+                             fullgraph=WHOLE_GRAPHS)
     assert_equal(results(compiled, image), {
         name if name in ('out', 'image') else f'_orig_mod.{name}': value for name, value in expected.items()})
-    assert len(graphs) == 1
-    assert 'batch_norm' in graphs[0]
+    assert len(graphs) == 1 or not WHOLE_GRAPHS
+    assert 'batch_norm' in ''.join(graphs)
     norm = torch.compile(model[1], backend='eager')  # behind a convolution that isn't compiled
     torch.testing.assert_close(norm(model[0](image)), expected['out'])
 
 
-@pytest.mark.skipif(not HOOKS_IN_GRAPH, reason='torch before 2.3 exports no model with forward hooks: unfold_norm_ first')
+@pytest.mark.skipif(not WHOLE_GRAPHS, reason='torch before 2.3 exports no model with forward hooks: unfold_norm_ first')
 def test_exported(pair):
     model, image = pair(), picture()
     expected = results(model, image)
