@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d
 from mmengine.runner import CheckpointLoader
-from mmengine.runner.checkpoint import get_torch_safe_globals
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +17,7 @@ from ..replacement import adapt_state_dict
 from ..replacement.start import LoadReport, other_replacement
 from .errors import UserError, first_line
 from .saved_settings import other_operator
+from .weights_only import load_weights_only
 
 
 def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
@@ -38,10 +38,9 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
     if path.endswith('.safetensors'):
         return _read_safetensors(path)
     try:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = load_weights_only(path)
     except pickle.UnpicklingError as error:
-        needs_code = re.search(r'GLOBAL (\S+)', str(error))
+        needs_code = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', str(error))
         if needs_code and allow_pickle:
             return torch.load(path, map_location='cpu', weights_only=False)
         if needs_code:

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.checkpoint import checkpoint
 
+from .._torch_compat import activation_checkpoint, autocast_dtype, is_compiling
 from .folded_weights import AddShift, Pair, fold
 from .pairs import find_pairs
 
@@ -130,7 +130,7 @@ class FoldingConv2d(_Paired, nn.Conv2d, _ConvNd):  # the last for mmengine's ini
         else:
             kernel, shift = folded
             out = AddShift.apply(self._conv_forward(x, kernel, None), shift)
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             setattr(out, MARK, folded is not None)
         return out
 
@@ -160,22 +160,21 @@ def _folded(conv: FoldingConv2d, x: Tensor) -> tuple[Tensor, Tensor] | None:
     An activation checkpoint, which runs a part again, must run there what it has run before: only what began in it
     folds together in it.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if is_compiling() or not torch.is_grad_enabled():
         return None
     run = _RUN.get()
     while run is not None and conv not in run.batches:
         run = run.outer
-    if run is not None and run.checkpoint != _checkpoint():
+    if run is not None and run.checkpoint != activation_checkpoint():
         run = None
     folded = None if run is None else run.folded.pop(conv, None)
-    if folded is not None and (folded[0].dtype == x.dtype or torch.is_autocast_enabled(x.device.type)):
+    if folded is not None and (folded[0].dtype == x.dtype or autocast_dtype(x.device.type) is not None):
         return folded
     pair = conv.pair()
     if pair is None or not _may_fold(x) or not (x.requires_grad or pair.learns):
         return None
-    device = x.device.type
-    cast = torch.is_autocast_enabled(device) and pair.weight.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if cast else pair.weight.dtype
+    cast = autocast_dtype(x.device.type) if pair.weight.dtype != torch.float64 else None
+    dtype = cast or pair.weight.dtype
     if run is None:
         return next(fold([pair], dtype))
     convs, pairs = zip(*run.batches[conv], strict=True)
@@ -205,12 +204,12 @@ def _begin_run(root: nn.Module, _: Any) -> None:
             kinds[kind], sizes[kind] = [], size
         kinds[kind].append((conv, pair))
         batches[conv] = kinds[kind]
-    _RUN.set(_Run(root, batches, {}, _checkpoint(), outer))
+    _RUN.set(_Run(root, batches, {}, activation_checkpoint(), outer))
 
 
 def _end_run(root: nn.Module, *_: Any) -> None:
     """Forward hook."""
-    run = None if torch.compiler.is_compiling() else _RUN.get()
+    run = None if is_compiling() else _RUN.get()
     if run is not None and run.root is root:
         _RUN.set(run.outer)
 
@@ -233,7 +232,7 @@ class _FoldedNorm(_Paired):
 
     def forward(self, x: Tensor) -> Tensor:
         done = getattr(x, MARK, None)  # under torch.compile, too: the convolution may have run outside
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return x if done else super().forward(x)
         if done:
             self._check_input_dim(x)
@@ -273,11 +272,5 @@ def _may_fold(x: Any) -> bool:
 
 def _is_ordinary_run() -> bool:
     """Whether it is one with gradient."""
-    return not (torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    return not (is_compiling() or not torch.is_grad_enabled()
                 or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
-
-
-def _checkpoint() -> Any:
-    """The activation checkpoint in which this runs, for the first time or again; None outside of all."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks if hooks and getattr(hooks[0], '__module__', '') == checkpoint.__module__ else None

@@ -67,7 +67,7 @@ def add_layout_hook(module: nn.Module) -> None:
     Call it before blocks are replaced: load hooks run in the order in which they were added, and the hook that
     replacement adds looks for weights under the module's own names.
     """
-    module.register_load_state_dict_pre_hook(_translate_on_load)
+    module._register_load_state_dict_pre_hook(_translate_on_load, with_module=True)
 
 
 @singledispatch

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._torch_compat import is_compiling
 from .block_structure import all_parameters, slot_of
 from .chain import Chain, Choice
 from .fusions import Fusion, Pair
@@ -203,7 +204,7 @@ class ComputingLayer(nn.Module):
             run = partial(self._make_weights_and_run, factor, method)
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
-        compiling = torch.compiler.is_compiling()  # then the compiler decides what is kept
+        compiling = is_compiling()  # then the compiler decides what is kept
         if self.checkpointed and not compiling:
             out = checkpoint(run, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
         else:

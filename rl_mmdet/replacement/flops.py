@@ -16,11 +16,10 @@ def count_flops(run: Callable[[], object]) -> int:
     groups, and it has none for attention on a CPU.
     """
     aten = torch.ops.aten
-    corrected = {
-        aten.convolution_backward: _convolution_backward,
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
+    corrected = {aten.convolution_backward: _convolution_backward}
+    if hasattr(aten, '_scaled_dot_product_flash_attention_for_cpu'):  # since torch 2.2
+        corrected |= {aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+                      aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward}
     with FlopCounterMode(display=False, custom_mapping=corrected) as counter:
         run()
     return counter.get_total_flops()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch_compat import is_compiling
 from .checks import check_number
 from .registry import call_checked
 
@@ -68,7 +69,7 @@ class Gradient:
         if self.every == 1 or not (training or torch.is_grad_enabled()):
             return 1
         if turn is None:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return 1
             turn = torch.randint(self.every, ()).item() == 0
         return self.every if turn else 0

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from .._torch_compat import activation_checkpoint, autocast_dtype, is_compiling, keep_instead
 
 MARK = '_made_again_by'
 
@@ -50,8 +51,8 @@ class _Maker:
         self.inputs, self.version = inputs, inputs._version
         self.stride = output.stride()
         device = output.device.type
-        self.autocast = dict(device_type=device, enabled=torch.is_autocast_enabled(device),
-                             dtype=torch.get_autocast_dtype(device))
+        dtype = autocast_dtype(device)
+        self.autocast = dict(device_type=device, enabled=dtype is not None, dtype=dtype)
         self.made: Tensor | None = None
 
     def __call__(self) -> Tensor:
@@ -73,7 +74,7 @@ class _Hooks:
         self.opened: list[ExitStack] = []
 
     def before(self, block: nn.Module, inputs: tuple) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return  # its partitioner decides what is kept
         self.opened.append(ExitStack())
         maker = getattr(inputs[0], MARK, None) if inputs else None
@@ -87,20 +88,12 @@ class _Hooks:
 
 def _instead_of(tensor: Tensor, maker: _Maker) -> Any:
     """The context in which autograd keeps ``maker`` in the place of ``tensor``."""
+    if activation_checkpoint() is not None:
+        return nullcontext()  # it keeps nothing anyway, and a maker would keep its own inputs
     alive, version = weakref.ref(tensor), tensor._version
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if outer and getattr(outer[0], '__module__', '') == checkpoint.__module__:
-        return nullcontext()  # an activation checkpoint keeps nothing anyway, and a maker would keep its own inputs
 
-    def pack(saved: Tensor) -> Any:
+    def is_made(saved: Tensor) -> bool:
         kept = alive()  # it is while the block runs, so the same memory means the same tensor
-        if kept is not None and saved.shape == kept.shape and saved.is_set_to(kept) and saved._version == version:
-            return maker
-        return outer[0](saved) if outer else saved
+        return kept is not None and saved.shape == kept.shape and saved.is_set_to(kept) and saved._version == version
 
-    def unpack(packed: Any) -> Tensor:
-        if packed is maker:
-            return maker()
-        return outer[1](packed) if outer else packed
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return keep_instead(maker, is_made)

@@ -25,6 +25,7 @@ CONVS = {
 }
 SLOTS = ('0.weight', '0.bias', '1.weight', '1.bias')
 slow = pytest.mark.slow
+WHOLE_GRAPHS = hasattr(torch.compiler, 'is_compiling')  # before torch 2.3 forward hooks and marks break them
 
 
 @pytest.fixture
@@ -304,7 +305,7 @@ def copied_from_zeros(model: nn.Module, duplicate: Callable) -> nn.Module:
     (lambda model: copied_from_zeros(model, copy.deepcopy), True),
     (lambda model: copied_from_zeros(model, lambda net: pickle.loads(pickle.dumps(net))), True),
     (lambda model: Checkpointed(*model), None), (lambda model: ReentrantlyCheckpointed(*model), None),
-    (replicated, False), (nn.SyncBatchNorm.convert_sync_batchnorm, False),
+    (replicated, False), (lambda model: nn.SyncBatchNorm.convert_sync_batchnorm(model).eval(), False),
     (lambda model: torch.jit.trace(model, picture()), False),
 ], ids=['deepcopy', 'pickle', 'checkpoint', 'reentrant', 'data_parallel', 'sync_batch_norm', 'trace'])
 def test_used_by_others_it_computes_the_same(pair, use, folding):
@@ -344,15 +345,17 @@ def test_compilers_get_the_plain_layers(pair):
     expected = results(model, image)
     fold_norm_(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph.code) or graph.forward, fullgraph=True)
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph.code) or graph.forward,
+                             fullgraph=WHOLE_GRAPHS)
     assert_equal(results(compiled, image), {
         name if name in ('out', 'image') else f'_orig_mod.{name}': value for name, value in expected.items()})
-    assert len(graphs) == 1
-    assert 'batch_norm' in graphs[0]
+    assert len(graphs) == 1 or not WHOLE_GRAPHS
+    assert 'batch_norm' in ''.join(graphs)
     norm = torch.compile(model[1], backend='eager')  # behind a convolution that isn't compiled
     torch.testing.assert_close(norm(model[0](image)), expected['out'])
 
 
+@pytest.mark.skipif(not WHOLE_GRAPHS, reason='torch before 2.3 exports no model with forward hooks: unfold_norm_ first')
 def test_exported(pair):
     model, image = pair(), picture()
     expected = results(model, image)

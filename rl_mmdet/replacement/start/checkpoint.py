@@ -82,7 +82,7 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
 def add_pretrained_hook(model: nn.Module) -> None:
     """From now on loading a baseline's state dict into ``model`` also initialises its computing layers."""
     remove_pretrained_hook(model)
-    model.register_load_state_dict_pre_hook(_initialise_on_load)
+    model._register_load_state_dict_pre_hook(_initialise_on_load, with_module=True)
 
 
 def remove_pretrained_hook(model: nn.Module) -> None:

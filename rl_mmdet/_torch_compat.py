@@ -1,0 +1,95 @@
+"""What torch before 2.4 lacks or calls otherwise; the only module that asks which torch is there."""
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+if hasattr(torch.compiler, 'is_compiling'):
+    is_compiling = torch.compiler.is_compiling
+else:
+    from torch._dynamo.external_utils import is_compiling  # noqa: F401
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type to which autocast casts on such a device; None where it is off."""
+    if hasattr(torch, 'get_autocast_dtype'):
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if device_type == 'cpu':
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+# Hooks for saved tensors. Only the innermost ones are called. Old torch doesn't tell which these are.
+
+_top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+
+
+def activation_checkpoint() -> Any:
+    """The non-reentrant activation checkpoint in which this runs, None outside of all.
+
+    It compares equal to itself, but not when the same part runs again in backward.
+    """
+    if _top_hooks is None:
+        return _checkpoint_on_the_stack()
+    hooks = _top_hooks(False)
+    return hooks if hooks and getattr(hooks[0], '__module__', '') == checkpoint.__module__ else None
+
+
+def keep_instead(make: Callable[[], Tensor], is_made: Callable[[Tensor], bool]) -> saved_tensors_hooks:
+    """The context in which autograd keeps ``make`` in the place of tensors for which ``is_made`` is true.
+
+    All others are kept as ever, by hooks around this context where there are any.
+    """
+    outer = _hooks_around(lambda: (pack, unpack)) if _top_hooks is None else _top_hooks(False)
+
+    def pack(saved: Tensor) -> Any:
+        if is_made(saved):
+            return make
+        return outer[0](saved) if outer else saved
+
+    def unpack(packed: Any) -> Tensor:
+        if packed is make:
+            return make()
+        return outer[1](packed) if outer else packed
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def _checkpoint_on_the_stack() -> Any:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get('__name__') == checkpoint.__module__:
+            found = frame.f_locals
+            if frame.f_code.co_name == 'checkpoint' and 'gen' in found:  # runs for the first time
+                return weakref.ref(found['gen'])
+            if frame.f_code.co_name == 'unpack_hook':  # runs again
+                return weakref.ref(found['frame']), found['gid']
+        frame = frame.f_back
+    return None
+
+
+def _hooks_around(own: Callable[[], tuple[Callable, Callable]]) -> tuple[Callable, Callable]:
+    """Stands for the hooks around ``own`` ones: autograd itself saves the tensor, with the own ones put aside."""
+
+    def pack(tensor: Tensor) -> Any:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        try:
+            with torch.enable_grad():
+                return _Save.apply(torch.empty(0, requires_grad=True), tensor)
+        finally:
+            torch._C._autograd._push_saved_tensors_default_hooks(*own())
+
+    return pack, lambda kept: kept.grad_fn.saved_tensors[0]
+
+
+class _Save(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx: Any, learns: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return learns.clone()
