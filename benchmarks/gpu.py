@@ -71,6 +71,10 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch finds no GPU here; allowed: cpu, for a rehearsal with --small')
+    if (args.aquarium is None) != (args.weights is None):
+        parser.error('--aquarium and --weights: part D needs both, or neither')
+    if 'D' in args.part and args.cifar is None and args.aquarium is None:
+        parser.error('--part D: nothing to train on; give --cifar FILE, or --aquarium DIR and --weights FILE')
     args.part = list(dict.fromkeys(args.part))
     return args
 

@@ -1,4 +1,4 @@
-"""What torch before 2.4 lacks or calls otherwise; the only module that asks which torch is there."""
+"""What torch before 2.4 lacks or calls otherwise."""
 import sys
 import weakref
 from collections.abc import Callable

@@ -23,9 +23,9 @@ def run_trainings(args: argparse.Namespace, clock: Clock) -> list[str]:
     said = []
     if args.cifar:
         said.append(_cifar(args, clock.part(CIFAR_SHARE) if args.aquarium else clock))
-    if args.aquarium and args.weights:
+    if args.aquarium:
         said.append(_aquarium(args, clock))
-    return said or ['D: nothing to train on; give --cifar FILE, or --aquarium DIR and --weights FILE']
+    return said
 
 
 def _cifar(args: argparse.Namespace, clock: Clock) -> str:

@@ -282,7 +282,7 @@ def set_step_(model: nn.Module, step: int, staggered: bool = True) -> None:
         staggered: blocks take turns. False lets all of them learn in the same steps: a model compiled as a whole then
             has two graphs, one for each kind of step.
     """
-    layers = [module for module in model.modules() if isinstance(module, ComputingLayer)]
+    layers = computing_layers(model).values()
     for number, layer in enumerate(layers):
         every = layer.gradient.every
         layer.turn = (step + (number * every // len(layers) if staggered else 0)) % every == 0

@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .block_structure import all_parameters
+from .block_structure import all_parameters, slot_of
 
 INIT_NOTES = '_params_init_info'
 """Attribute that MMEngine gives to all modules of a model while it initialises them."""
@@ -20,8 +20,7 @@ def drop_parameters_(template: nn.Module, untouched: Collection[str] = ()) -> No
         untouched: names of the parameters that stay.
     """
     for name in [name for name, _ in all_parameters(template) if name not in untouched]:
-        owner, _, slot = name.rpartition('.')
-        module = template.get_submodule(owner)
+        module, slot = slot_of(template, name)
         module._parameters[slot] = None
         module.reset_parameters = _nothing_to_do  # torch's own would ask None for its shape
         if loads_its_own_way(module):  # and such a loader would ask None for its statistics
@@ -34,8 +33,8 @@ def drop_parameters_(template: nn.Module, untouched: Collection[str] = ()) -> No
 def take_parameters_(template: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     """Undo :func:`drop_parameters_`, with these parameters in the place of those that were dropped."""
     for name, parameter in parameters.items():
-        owner, _, slot = name.rpartition('.')
-        template.get_submodule(owner)._parameters[slot] = parameter
+        module, slot = slot_of(template, name)
+        module._parameters[slot] = parameter
     for module in template.modules():
         for method in ('reset_parameters', 'init_weights', '_load_from_state_dict'):
             vars(module).pop(method, None)
