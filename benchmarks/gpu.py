@@ -6,6 +6,10 @@
 A   the tests marked gpu, by pytest                                             -> OUT/gpu_checks.md and .json
 B   step time, peak memory and kernels of detectors with every way of replacing -> OUT/gpu_train_step.md and .json
 C   which kernels and calls a step consists of                                  -> OUT/gpu_profile.md and .json
+D   trainings: CIFAR-10, then a detector on Aquarium from ImageNet weights      -> OUT/cifar.md, OUT/aquarium/report.md
+
+    python benchmarks/gpu.py --part D --out docs/results --minutes 9 --cifar cifar10_q75.npz --aquarium DIR \
+        --weights mobilenet-v2_imagenet.pth --jobs 4
 
 The most important rows come first; results are written after every one. Nothing is begun that can't end in time, and
 what takes longer than expected is stopped.
@@ -23,10 +27,12 @@ from gpu_runs.checks import run_checks
 from gpu_runs.common import Clock, why
 from gpu_runs.profiles import run_profile
 from gpu_runs.steps import run_steps
+from gpu_runs.trainings import run_trainings
 from gpu_runs.variants import cases_of
 
 PARTS: dict[str, Callable[[argparse.Namespace, Clock], list[str]]] = {
-    'A': run_checks, 'B': run_steps, 'C': lambda args, clock: run_profile(args, clock, cases_of(args.small)[0])}
+    'A': run_checks, 'B': run_steps, 'C': lambda args, clock: run_profile(args, clock, cases_of(args.small)[0]),
+    'D': run_trainings}
 LEAST = 5.
 """Seconds without which no part is begun."""
 
@@ -55,7 +61,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--cases', type=positive, help='only the first ones of part B')
     parser.add_argument('--least-seconds', type=above_zero, default=20., help='part B begins no case with less than '
                         'this left (default: 20)')
-    parser.add_argument('--jobs', type=positive, default=1, help='processes for part A, if pytest-xdist is there')
+    parser.add_argument('--jobs', type=positive, default=1, help='processes for part A, if pytest-xdist is there, and '
+                        'trainings side by side in part D')
+    for name, what in (('cifar', 'images as benchmarks/cifar.py takes them'),
+                       ('aquarium', 'folder as benchmarks/aquarium.py takes it'), ('weights', 'its ImageNet weights')):
+        parser.add_argument(f'--{name}', type=Path, help=f'for part D: {what}')
     parser.add_argument('--tests', nargs='+', default=['tests/gpu'], help='files for part A (default: tests/gpu)')
     parser.add_argument('--pytest', default='', help='more arguments for part A, as one text')
     args = parser.parse_args()

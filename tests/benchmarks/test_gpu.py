@@ -25,7 +25,7 @@ def test_left_out():
 @pytest.mark.parametrize(('arguments', 'said'), [
     ((), 'torch finds no GPU here; allowed: cpu'),
     (('--device', 'cpu', '--minutes', '-1'), "'-1' is no number above 0"),
-    (('--device', 'cpu', '--part', 'E'), "choose from 'A', 'B', 'C'"),
+    (('--device', 'cpu', '--part', 'E'), "choose from 'A', 'B', 'C', 'D'"),
 ])
 def test_wrong_input_is_one_line_and_nothing_is_written(run_script, monkeypatch, arguments, said):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)

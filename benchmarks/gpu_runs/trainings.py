@@ -1,0 +1,61 @@
+"""Part D: trainings that take too long on CPUs, by the scripts that are there for them."""
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+from .common import ROOT, Clock
+
+CIFAR_SHARE = .5
+"""Of the time, what CIFAR-10 may take where both are wanted."""
+REPORT_SECONDS = 30.
+"""What the report on the finished trainings needs."""
+STOP_SECONDS = 8.
+"""What a comparison is given to stop its trainings."""
+LONG = ('--k', '4', '--epochs', '54', '--seeds', '1', '--variants', 'light-fit-fade', 'skip')
+SHORT = ('--epochs', '1', '--seeds', '1', '--variants', 'skip')
+
+
+def run_trainings(args: argparse.Namespace, clock: Clock) -> list[str]:
+    """Returns what to print at the end."""
+    said = []
+    if args.cifar:
+        said.append(_cifar(args, clock.part(CIFAR_SHARE) if args.aquarium else clock))
+    if args.aquarium and args.weights:
+        said.append(_aquarium(args, clock))
+    return said or ['D: nothing to train on; give --cifar FILE, or --aquarium DIR and --weights FILE']
+
+
+def _cifar(args: argparse.Namespace, clock: Clock) -> str:
+    size = ['--small'] if args.small else ['--models', 'resnet32', 'vit', '--epochs', '12']
+    ended = _script('cifar.py', *size, '--device', args.device, '--data', args.cifar.resolve(), '--jobs', args.jobs,
+                    '--minutes', clock.left() / 60, '--out', args.out.resolve() / 'cifar', seconds=clock.left())
+    return f'D: CIFAR-10, {ended}'
+
+
+def _aquarium(args: argparse.Namespace, clock: Clock) -> str:
+    options = ['--data', args.aquarium.resolve(), '--weights', args.weights.resolve(), '--jobs', args.jobs,
+               '--work-dir', args.out.resolve() / 'aquarium_runs', '--report-dir', args.out.resolve() / 'aquarium',
+               *(SHORT if args.small else LONG)]
+    ended = _script('aquarium.py', *options, seconds=clock.left() - REPORT_SECONDS)
+    if ended != 'all of it':
+        _script('aquarium.py', *options, '--report-only', seconds=clock.left())
+    return f'D: Aquarium, {ended}'
+
+
+def _script(name: str, *arguments: object, seconds: float) -> str:
+    """Run one of the scripts for so long at most; returns how far it came."""
+    process = subprocess.Popen([sys.executable, str(ROOT / 'benchmarks' / name), *map(str, arguments)],
+                               start_new_session=True)
+    try:
+        status = process.wait(max(1., seconds))
+    except subprocess.TimeoutExpired:
+        for how in (signal.SIGINT, signal.SIGKILL):
+            os.killpg(process.pid, how)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+                break
+        return 'as far as it came in time'
+    return 'all of it' if status == 0 else f'it failed with status {status}'
