@@ -68,7 +68,7 @@ setup(
         'safetensors',
         'scikit-learn',
         'scipy>=1.11',
-        'timm>=1.0.9',
+        'timm>=1.0.16',
         'torch>=2.1',
         'torchvision',
         'tqdm',

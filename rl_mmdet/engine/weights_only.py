@@ -3,6 +3,7 @@ import os
 import pickle
 import tarfile
 from codecs import encode
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any, BinaryIO
 
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
-from packaging.version import Version
 from torch import _weights_only_unpickler as torchs_unpickler
 
 ZIP_BEGINS = b'PK\x03\x04'
@@ -30,7 +30,7 @@ def load_weights_only(file: str | os.PathLike | BinaryIO, **settings: Any) -> An
     """
     with nullcontext(file) if hasattr(file, 'read') else open(file, 'rb') as opened:
         zipped = _is_zipped(opened)
-    if Version(torch.__version__) >= Version('2.6'):
+    if torch.__version__ >= (2, 6):
         with torch.serialization.safe_globals([(value, name) for name, value in _allowed_globals().items()]):
             return _torch_load(file, weights_only=True, **settings)
     if not zipped:
@@ -58,8 +58,9 @@ class _RestrictedPickle:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             dtypes = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-            self.allowed = {'torch.device': torch.device, '_codecs.encode': encode, 'builtins.set': set, **dtypes,
-                            **torchs_unpickler._get_allowed_globals(), **_allowed_globals()}
+            self.allowed = {'torch.device': torch.device, '_codecs.encode': encode, 'builtins.set': set,
+                            'collections.Counter': Counter, **dtypes, **torchs_unpickler._get_allowed_globals(),
+                            **_allowed_globals()}
 
         def find_class(self, module: str, name: str) -> Any:
             found = f'{module.replace("__builtin__", "builtins")}.{name}'  # torch.save writes Python 2's name

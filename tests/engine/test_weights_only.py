@@ -3,6 +3,7 @@ import os
 import pickle
 import tarfile
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ def test_what_mmengine_writes_comes_back(tmp_path):
     hub = MessageHub('test')
     hub.update_scalar('train/loss', 2.)
     hub.update_info('best', np.float32(3))
-    meta = dict(cfg=ConfigDict(a=dict(b=[1])), found=np.arange(3), who={'me'}, kind=torch.uint8, raw=b'abc')
+    meta = dict(cfg=ConfigDict(a=dict(b=[1])), found=np.arange(3), who={'me'}, kind=torch.uint8, raw=b'abc',
+                steps=Counter([8, 11]))
     torch.save(dict(message_hub=hub.state_dict(), meta=meta, low=torch.ones(2, dtype=torch.bfloat16)),
                tmp_path / 'file.pth')
     read = load_weights_only(str(tmp_path / 'file.pth'))
