@@ -68,12 +68,13 @@ setup(
         'safetensors',
         'scikit-learn',
         'scipy>=1.11',
-        'timm>=1.0',
+        'timm>=1.0.16',
         'torch>=2.1',
         'torchvision',
         'tqdm',
     ],
-    # Either of the two, they share their import names: see rl_mmdet/_dependencies.py.
+    # Either of the two, they share their import names: see rl_mmdet/_dependencies.py. Both are tested, with the
+    # versions in requirements/, the openmmlab ones with the oldest torch and timm above.
     extras_require={
         'onedl': [
             'onedl-mmdetection>=3.5',
@@ -83,8 +84,9 @@ setup(
         ],
         'openmmlab': [
             'mmdet>=3.0.0',
-            'mmcv>=2.0.0',
+            'mmcv>=2.0.0,<2.2',  # mmdet 3.3 refuses later ones
             'mmengine>=0.10.0',
+            'numpy<2',  # for which mmcv 2.1 and its torch were built
         ],
         # For configs/pretrain alone. To go with `openmmlab`, install mmpretrain>=1.2 in its place.
         'pretrain': [

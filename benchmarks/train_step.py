@@ -298,7 +298,7 @@ def measure_case(case: Case, device: str, rounds: int) -> dict[str, Any]:
             source = source or subject.step.model
             if not case.count_only:
                 steps[name] = subject.step
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             found['rows'][name] = dict(out_of_memory=True)
         except Exception as error:  # models raise whatever they like
             found['left_out'][name] = brief(error)
@@ -335,7 +335,7 @@ def add_times_(found: dict, steps: dict[str, TrainingStep], device: str, rounds:
     cuda = device == 'cuda'
     try:
         taken = seconds_in_turn(steps, rounds, 8 if cuda else 1, time.perf_counter if cuda else time.process_time)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         found['reason'] = 'No times: out of memory while all variants were there.'
         return
     ratios = ratios_to(taken, 'baseline') if 'baseline' in taken else {}

@@ -1,6 +1,7 @@
 """One training step of a backbone or a detector on synthetic data, the same work at every call, to be measured."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.steps = 0
         self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], **SGD)
-        self.scaler = torch.amp.GradScaler(self.device.type, LOSS_SCALE, enabled=amp == torch.float16)
+        scaler = partial(torch.amp.GradScaler, self.device.type) if hasattr(torch.amp, 'GradScaler') else (
+            torch.cuda.amp.GradScaler)  # before torch 2.3
+        self.scaler = scaler(LOSS_SCALE, enabled=amp == torch.float16)
         self.gradients: list[Tensor] | None = None
 
     def forward(self) -> list[Tensor]:

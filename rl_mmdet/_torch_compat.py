@@ -1,18 +1,27 @@
 """What torch before 2.4 lacks or calls otherwise."""
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 if hasattr(torch.compiler, 'is_compiling'):
     is_compiling = torch.compiler.is_compiling
 else:
     from torch._dynamo.external_utils import is_compiling  # noqa: F401
+
+
+def map_pairs(function: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
+    """``tree_map`` of two trees of the same structure, which newer torch has itself."""
+    leaves, structure = tree_flatten(one)
+    return tree_unflatten([function(*pair) for pair in zip(leaves, tree_flatten(other)[0], strict=True)], structure)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -22,6 +31,29 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == 'cpu':
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """``torch.no_grad()`` within autocast, which in older torch hands weights that it casts there on to what learns."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def allocated_bytes(run: Callable[[], object]) -> list[int]:
+    """What ``run`` allocates on the CPU, in order; what it frees is negative."""
+    old = not hasattr(torch._C._autograd._KinetoEvent, 'start_ns')
+    settings = {} if old else dict(acc_events=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, **settings) as record:
+        run()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_us() if old else event.start_ns())
+    return [event.nbytes() for event in events]
 
 
 # Hooks for saved tensors. Only the innermost ones are called. Old torch doesn't tell which these are.

@@ -104,8 +104,10 @@ def test_editable_install_links_to_the_sources_and_a_later_wheel_keeps_the_links
         assert link.resolve() == tree / name
 
 
-def test_lock_has_the_pins_of_direct_txt_and_all_that_setup_py_requires(wheel):
-    direct, locked = (dict(re.findall(r'^([\w-]+)==([\w.]+)', (ROOT / 'requirements' / name).read_text(), re.MULTILINE))
+@pytest.mark.parametrize('stack', ['onedl', 'openmmlab'])
+def test_lock_has_the_pins_of_direct_txt_and_all_that_setup_py_requires(wheel, stack):
+    folder = ROOT / 'requirements' / stack
+    direct, locked = (dict(re.findall(r'^([\w-]+)==([\w.]+)', (folder / name).read_text(), re.MULTILINE))
                       for name in ('direct.txt', 'lock.txt'))
     assert len(direct) > 20
     assert direct.items() <= locked.items()

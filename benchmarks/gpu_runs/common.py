@@ -60,7 +60,7 @@ class Clock:
 
 def why(error: Exception) -> str:
     """An error in one line."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError):
         return 'out of memory'
     return f'{type(error).__name__}: {short_reason(error)}'[:200]
 

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from mmdet.models import (
     BaseMOTModel,
-    CLRHead,
     DetDataPreprocessor,
     FastRCNN,
     FusedSemanticHead,
@@ -80,8 +79,8 @@ def keep_size_(model: nn.Module, size: int) -> None:
 
 
 def _shape(model: nn.Module, size: int) -> tuple[int, int, int]:
-    head = getattr(model, 'bbox_head', None)
-    return (3, head.img_h, head.img_w) if isinstance(head, CLRHead) else (3, size, size)
+    head = getattr(model, 'bbox_head', None)  # CLRNet's, which the onedl packages alone have, is made for one size
+    return (3, head.img_h, head.img_w) if hasattr(head, 'img_h') else (3, size, size)
 
 
 def has_masks(model: nn.Module) -> bool:

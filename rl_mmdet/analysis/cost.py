@@ -5,8 +5,8 @@ from itertools import accumulate
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
+from .._torch_compat import allocated_bytes
 from ..replacement import computing_layers, set_step_
 
 
@@ -44,11 +44,7 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = 'cpu') -
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        run()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == '[memory]']
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
+    return max(accumulate(allocated_bytes(run), initial=0))
 
 
 def seconds_in_turn(steps: Mapping[Hashable, Callable[[], object]], rounds: int = 7, per_round: int = 3,

@@ -38,7 +38,7 @@ def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
     if path.endswith('.safetensors'):
         return _read_safetensors(path)
     try:
-        checkpoint = load_weights_only(path)
+        checkpoint = load_weights_only(path, map_location='cpu')
     except pickle.UnpicklingError as error:
         needs_code = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', str(error))
         if needs_code and allow_pickle:

@@ -56,7 +56,7 @@ def read_timm_weights(source: str) -> dict[str, Tensor]:
     files = [Path(source).expanduser(), *(_weights_folder() / f'{source}{end}' for end in ('.safetensors', '.pth'))]
     for file in files:
         if file.is_file():
-            return load_state_dict(str(file))
+            return load_state_dict(str(file), weights_only=True)
     if os.sep in source or source.endswith(('.safetensors', '.pth', '.bin')):
         raise FileNotFoundError(f'{source}: there is no such checkpoint file')
     return _download(source)
@@ -89,7 +89,10 @@ def _download(name: str) -> dict[str, Tensor]:
 
 def untouched(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """The timm model on the meta device, to look at its keys and shapes: it takes no memory and no time."""
-    with torch.device('meta'):
+    try:
+        with torch.device('meta'):
+            return build_timm_model(name, **kwargs)
+    except ValueError:  # before 1.0.21 some read values while they are built
         return build_timm_model(name, **kwargs)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map
 
+from .._torch_compat import map_pairs, no_grad
 from ..replacement.block_structure import other_ways_forward
 from ..replacement.computing_layer import ComputingLayer
 
@@ -54,7 +54,7 @@ class GatedBlock(nn.Module):
         chosen = self._run_one(gate.replace, method, *args, **kwargs)
         if gate.alone or (gate.drawn and not torch.is_grad_enabled()):
             return chosen
-        with torch.no_grad():
+        with no_grad():
             other = self._run_one(not gate.replace, method, *args, **kwargs)
         if gate.leaf is None:
             if not gate.drawn and torch.is_grad_enabled():
@@ -62,8 +62,8 @@ class GatedBlock(nn.Module):
                               'the unreplaced model; training needs SearchHook or a BlockSearch', stacklevel=2)
             return chosen
         sign = 1 if gate.replace else -1
-        return tree_map(lambda one, another: _Gated.apply(one, another, gate.leaf, sign) if isinstance(one, Tensor)
-                        else one, chosen, other)
+        return map_pairs(lambda one, another: _Gated.apply(one, another, gate.leaf, sign) if isinstance(one, Tensor)
+                         else one, chosen, other)
 
     def _run_one(self, replace: bool, method: str, *args: Any, **kwargs: Any) -> Any:
         """What the computing layer, or the block, makes of these inputs."""

@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from torch._dynamo import lookup_backend
+from torch._dynamo.backends.registry import lookup_backend
 
 from rl_mmdet.replacement import set_step_
 

@@ -16,6 +16,8 @@ RUNS = [(name, fusion, operator)
 @pytest.fixture
 def on_fake_gpu():
     """Give what moves a model to a GPU that isn't there; the mode has to be on while it runs."""
+    if torch.__version__ < (2, 3) and not torch.cuda.is_available():
+        pytest.skip('before torch 2.3 a fake tensor needs a real GPU to move to')
     mode = FakeTensorMode()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     yield mode, lambda model: model._apply(lambda tensor: mode.from_tensor(tensor).to('cuda'))

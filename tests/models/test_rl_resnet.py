@@ -151,7 +151,7 @@ def test_with_cp_made_weights_are_not_saved(mode, train_twins):
 def test_compile_fullgraph_outputs_and_gradients_equal(with_cp, image, train_twins, assert_near):
     models = [train_twins(ONE_STAGE)[with_cp] for _ in range(2)]
     torch._dynamo.reset()
-    outs = models[0](image), torch.compile(models[1], fullgraph=True, backend='eager')(image)
+    outs = models[0](image), torch.compile(models[1], fullgraph=torch.__version__ >= (2, 3), backend='eager')(image)
     assert_near(*outs)
     for (out,) in outs:
         out.square().mean().backward()

@@ -109,8 +109,7 @@ def test_positions_are_interpolated_to_the_image(vit):
 # Arguments
 
 def test_arch_by_name_has_its_sizes():
-    with torch.device('meta'):
-        tiny, default = RLViT('tiny', img_size=64), RLViT()
+    tiny, default = RLViT('tiny', img_size=64), RLViT()
     assert (len(tiny.blocks), tiny.out_channels, tiny.blocks[0].attn.num_heads) == (12, [192], 3)
     assert (len(default.blocks), default.out_channels, default.pos_embed.shape) == (12, [768], (1, 64, 64, 768))
 

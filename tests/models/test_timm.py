@@ -1,5 +1,6 @@
 """timm's models as backbones: maps, arguments, weights from files, and what is said when something is wrong."""
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_weights_without_init_cfg_are_timms_initial_ones(assert_same_state):
 
 def test_weights_that_need_code_are_not_read(tmp_path):
     torch.save({'conv1.weight': torch.zeros(1), 'made_by': os.path.join}, tmp_path / 'x.pth')
-    with pytest.raises(RuntimeError, match='path.join'):
+    with pytest.raises((RuntimeError, pickle.UnpicklingError), match='path.join'):
         read_timm_weights(str(tmp_path / 'x.pth'))
 
 

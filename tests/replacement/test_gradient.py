@@ -229,6 +229,8 @@ def test_a_copy_learns_in_the_same_steps(make, gradients, assert_same, image, du
 
 @pytest.fixture
 def fresh_compiler():
+    if torch.__version__ < (2, 3):
+        pytest.skip('torch before 2.3 compiles computing layers in more graphs than one')
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """timm's models as mmdet backbones, with Replacement Learning."""
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from mmengine.model import BaseModule
@@ -59,6 +60,8 @@ class TimmBackbone(BaseModule):
         check_init_cfg(timm, init_cfg)
         super().__init__(dict(type='Pretrained', checkpoint=f'{SCHEME}{timm}') if pretrained else init_cfg)
         body = build_timm_model(timm, **kwargs)
+        if not hasattr(body, 'prune_intermediate_layers'):
+            raise ValueError(f'timm {version("timm")} gives no feature maps of {timm}; install a newer timm')
         self.timm, self.kwargs, self.final_norm = timm, kwargs, norm
         self.out_indices = _check_out_indices(timm, body.feature_info, out_indices)
         maps = [body.feature_info[index] for index in self.out_indices]
@@ -67,6 +70,8 @@ class TimmBackbone(BaseModule):
         self.patch = self.out_strides[0] if _is_plain(body.feature_info) else 1
         whole = set(body.state_dict())
         body.prune_intermediate_layers(list(self.out_indices), prune_norm=not norm)
+        if hasattr(getattr(body, 'head', None), 'norm'):  # of the classifier: older timm leaves it, and DDP misses it
+            body.head.norm = nn.Identity()
         self.pruned = whole - set(body.state_dict())
         if with_cp:
             body.set_grad_checkpointing(True)

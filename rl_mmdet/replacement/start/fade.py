@@ -3,8 +3,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from ..._torch_compat import map_pairs
 from ..computing_layer import ComputingLayer
 
 
@@ -37,7 +37,7 @@ class Fade:
     def _mix(self, layer: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         if not layer.training:
             return out
-        return tree_map(self._mixture, self.block(*args, **kwargs), out)
+        return map_pairs(self._mixture, self.block(*args, **kwargs), out)
 
     def _mixture(self, block: Any, layer: Any) -> Any:
         """Of two tensors of outputs; what else there is among these is the layer's."""
