@@ -21,9 +21,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     cfg = engine.load_config(args.config, args.cfg_options)
     trials = analysis.choose_blocks(cfg, args.checkpoint, args.p, batches=args.batches, steps=args.steps,
                                     fusion=args.fusion, operators=args.operator, allow_pickle=args.allow_pickle)

@@ -35,9 +35,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     folder = Path(args.work_dir)
     tools = compare.Tools(Path(__file__).parent, args.launcher, args.processes, args.jobs)
     if args.report_only:

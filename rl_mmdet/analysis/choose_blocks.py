@@ -144,7 +144,7 @@ def _load_(backbone: nn.Module, path: str, allow_pickle: bool) -> None:
     loaded = read_checkpoint(path, allow_pickle)
     prefix = 'backbone' if state_dict_of(loaded, 'backbone') else ''
     check_checkpoint(backbone, path, prefix=prefix, allow_pickle=allow_pickle)
-    tensors = state_dict_of(loaded, prefix, wrapped=translates(backbone))
+    tensors = state_dict_of(loaded, prefix)
     backbone.load_state_dict(own_layout(backbone, tensors) if translates(backbone) else tensors, strict=False)
 
 

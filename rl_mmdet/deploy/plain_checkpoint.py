@@ -50,7 +50,7 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: 
         UserError: the checkpoint doesn't fit the config, isn't this model's own, or ``out`` exists.
     """
     check_new_file(out)
-    model = build_model(cfg).eval()
+    model = build_model(cfg, allow_pickle).eval()
     report = check_checkpoint(model, checkpoint, allow_pickle=allow_pickle)
     layers = computing_layers(model)
     if not layers or report.fits:

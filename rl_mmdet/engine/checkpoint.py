@@ -1,58 +1,16 @@
-"""Checkpoints: read them without running their code, and refuse what doesn't fit."""
-import os.path as osp
-import pickle
+"""Checkpoints that a model is to load: what doesn't fit is refused."""
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d
-from mmengine.runner import CheckpointLoader
-from mmengine.runner.checkpoint import get_torch_safe_globals
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from ..models.layouts import never_pretrained, own_layout, state_dict_of, translates
 from ..replacement import adapt_state_dict
 from ..replacement.start import LoadReport, other_replacement
-from .errors import UserError, first_line
+from .errors import UserError
+from .reading import read_checkpoint
 from .saved_settings import other_operator
-
-
-def read_checkpoint(path: str, allow_pickle: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file as tensors and plain data, without unpickling code.
-
-    Args:
-        path: a local file, or anything MMEngine can fetch (``https://``, ``torchvision://``, ``open-mmlab://``).
-        allow_pickle: also read files that need code to be unpickled; only for files you trust.
-
-    Raises:
-        UserError: no such file, truncated, foreign, needs unpickling code, or can't be fetched.
-    """
-    if '://' in path:
-        return _fetch(path)
-    path = osp.expanduser(path)
-    if not osp.isfile(path):
-        raise UserError(f'{path}: there is no such checkpoint file')
-    if path.endswith('.safetensors'):
-        return _read_safetensors(path)
-    try:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        needs_code = re.search(r'GLOBAL (\S+)', str(error))
-        if needs_code and allow_pickle:
-            return torch.load(path, map_location='cpu', weights_only=False)
-        if needs_code:
-            raise UserError(f'{path}: reading it would run code ({needs_code[1]}); if you trust where it comes '
-                            'from, add --allow-pickle') from None
-        raise UserError(f'{path}: not a PyTorch checkpoint, or a truncated one') from None
-    except (EOFError, RuntimeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f'{path}: truncated, or not a PyTorch checkpoint ({first_line(error)[:120]})') from None
-    if not isinstance(checkpoint, Mapping):
-        raise UserError(f'{path}: holds a {type(checkpoint).__name__}, not a state dict')
-    return checkpoint
 
 
 def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: Sequence[str] = (),
@@ -65,7 +23,7 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
 
     Args:
         model: the module whose keys the checkpoint (below ``prefix``) should have.
-        path, allow_pickle: as for :func:`read_checkpoint`.
+        path, allow_pickle: as for :func:`~rl_mmdet.engine.read_checkpoint`.
         ignore: regular expressions of keys to leave out on purpose.
 
     Raises:
@@ -73,7 +31,7 @@ def check_checkpoint(model: nn.Module, path: str, *, prefix: str = '', ignore: S
             another tensor is missing, left over or of another shape. The first few are named.
     """
     checkpoint = read_checkpoint(path, allow_pickle)
-    tensors = state_dict_of(checkpoint, prefix, wrapped=translates(model))
+    tensors = state_dict_of(checkpoint, prefix)
     if not tensors:
         raise UserError(f'{path}: holds no tensor' + (f' below {prefix!r}' if prefix else ''))
     try:
@@ -126,22 +84,3 @@ def _modules_without_pretraining(model: nn.Module) -> tuple[str, ...]:
         for position in ('after_conv1', 'after_conv2', 'after_conv3'):
             names += [f'{name}.{plugin}.' for plugin in getattr(module, f'{position}_plugin_names', [])]
     return tuple(names)
-
-
-def _read_safetensors(path: str) -> dict[str, Any]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f'{path}: truncated, or not a safetensors file ({error})') from None
-
-
-def _fetch(path: str) -> dict[str, Any]:
-    try:
-        return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
-    except FileNotFoundError as error:  # timm://, which says where it has looked
-        raise UserError(str(error)) from None
-    except Exception as error:  # network, DNS, HTTP and hub errors come in every class
-        raise UserError(f'{path}: can\'t be fetched ({type(error).__name__}: {error}); download the file where there '
-                        'is a network and name it instead, e.g. --cfg-options '
-                        'model.backbone.init_cfg.checkpoint=FILE, or train from scratch with '
-                        'model.backbone.init_cfg=None') from None

@@ -19,6 +19,7 @@ from ..replacement.start import LoadReport
 from .checkpoint import check_checkpoint
 from .config import nested_dicts
 from .errors import UserError
+from .reading import safe_reading
 from .search import check_search, searched_module
 
 IMAGE_FOLDERS = ('ImageNet', 'CustomDataset')
@@ -46,7 +47,7 @@ def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle
 
 def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> list[str]:
     """The first half of :func:`check_training`, which looks at model and checkpoints and writes nothing."""
-    model = build_model(cfg)
+    model = build_model(cfg, allow_pickle)
     _check_distributed(cfg, model)
     check_search(cfg, model)
     reports = {f'{name}.replacement': module.replacement_report for name, module in model.named_modules()
@@ -71,7 +72,7 @@ def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -
     Raises:
         UserError: the first mistake found; also a checkpoint of the baseline, whose blocks are replaced here.
     """
-    model = build_model(cfg)
+    model = build_model(cfg, allow_pickle)
     if searched_module(model) is not None:
         raise UserError(f'checkpoint: {checkpoint} wasn\'t saved after the search that the config asks for; '
                         'train until the search has ended, then test')
@@ -84,8 +85,12 @@ def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -
     prepare_files(cfg, 'test')
 
 
-def build_model(cfg: Config) -> nn.Module:
+def build_model(cfg: Config, allow_pickle: bool = False) -> nn.Module:
     """Build ``cfg.model`` on the CPU without initialising weights.
+
+    Args:
+        cfg: a config.
+        allow_pickle: see :func:`~rl_mmdet.engine.safe_reading`; some detectors load a teacher while they are built.
 
     Raises:
         UserError: what the model's classes refuse, without the chain of classes that it went through.
@@ -94,8 +99,10 @@ def build_model(cfg: Config) -> nn.Module:
     if cfg.get('model') is None:
         raise UserError('config: it has no model')
     try:
-        return MODELS.build(cfg.model)
-    except (ValueError, TypeError, KeyError, AssertionError, ImportError, FileNotFoundError) as error:
+        with safe_reading(allow_pickle):
+            return MODELS.build(cfg.model)
+    except (ValueError, TypeError, KeyError, AssertionError, ImportError, FileNotFoundError,
+            UserError) as error:
         raise UserError(f'model: {_without_classes(error)}') from error
 
 

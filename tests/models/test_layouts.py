@@ -313,9 +313,9 @@ def test_preflight_refuses_positions_of_no_square_grid(tmp_path):
 @pytest.mark.parametrize('wrapper', ['model', 'state_dict', 'state_dict_ema', 'model_ema'])
 def test_state_dict_of_finds_the_tensors_where_projects_keep_them(wrapper):
     tensors, others = {'a.weight': torch.ones(1)}, {'a.weight': torch.zeros(1)}
-    assert state_dict_of({wrapper: tensors | dict(step=3), 'epoch': 3}, wrapped=True) == tensors
+    assert state_dict_of({wrapper: tensors | dict(step=3), 'epoch': 3}) == tensors
     if wrapper.endswith('ema'):  # averages are preferred
-        assert state_dict_of({wrapper: tensors, 'model': others}, wrapped=True) == tensors
+        assert state_dict_of({wrapper: tensors, 'model': others}) == tensors
 
 
 @pytest.mark.parametrize('prefix', ['backbone', 'backbone.'])

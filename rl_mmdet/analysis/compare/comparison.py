@@ -21,6 +21,8 @@ from ...engine.preflight import prepare_files
 from .same_question import check_same_question, coco_evaluator, differing, metrics_of
 
 FORMAT = 'rl_mmdet.comparison/1'
+RECORD = {'variants', 'seeds', 'commands', 'classes'}
+"""What the record of a comparison has."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f'{path}: can\'t be read ({error})') from error
-    if not isinstance(content, dict) or content.get('format') != FORMAT:
+    if not isinstance(content, dict) or content.get('format') != FORMAT or not content.keys() >= RECORD:
         raise UserError(f'{path}: not the record of a comparison that this version can read ({FORMAT})')
     return content

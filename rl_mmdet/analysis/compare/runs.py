@@ -18,7 +18,7 @@ import torch
 from mmengine.config import Config
 
 from ...engine import UserError
-from ...engine.files import write_text
+from ...engine.files import read_record, write_text
 from ..training_run import end_with_parent, run_training
 from .coco_scores import Matches, Scores, score_detections
 from .comparison import Comparison, Run
@@ -147,8 +147,8 @@ def scores_of(run: Run) -> dict[str, Scores] | None:
     path = run.folder / 'scores.json'
     if not path.is_file():
         return None
-    return {metric: Scores(**scores | dict(notes=tuple(scores['notes'])))
-            for metric, scores in json.loads(path.read_text()).items()}
+    return read_record(path, lambda content: {metric: Scores(**scores | dict(notes=tuple(scores['notes'])))
+                                              for metric, scores in content.items()})
 
 
 def matches_of(run: Run, metric: str) -> Matches:

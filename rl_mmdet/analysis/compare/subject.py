@@ -129,7 +129,7 @@ def _build(cfg: Config, checkpoint: Path | None, allow_pickle: bool) -> nn.Modul
     set_random_seed(0)
     cfg = Config(dict(default_scope=cfg.get('default_scope'), model=_alone(cfg.model)))
     take_found_(cfg, checkpoint and str(checkpoint), allow_pickle)
-    model = build_model(cfg)
+    model = build_model(cfg, allow_pickle)
     if searched_module(model) is not None:
         raise UserError('what it costs is not known before its search has found a plan; train it first')
     model.init_weights()
