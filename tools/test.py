@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out:
         options.dump_predictions_(cfg, args.out)
     engine.take_found_(cfg, args.checkpoint, args.allow_pickle)
-    engine.check_testing(cfg, args.checkpoint, allow_pickle=args.allow_pickle)
+    engine.check_testing(cfg, args.checkpoint, ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         options.enable_visualization_(cfg, args)

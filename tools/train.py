@@ -12,8 +12,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument('--resume', nargs='?', const='auto',
                         help='go on from this checkpoint; without a file, from the latest one in the work dir')
-    parser.add_argument('--ignore-keys', nargs='+', default=[], metavar='REGEX',
-                        help='tensors of a checkpoint that may be missing or left over')
     return parser.parse_args()
 
 

@@ -16,10 +16,10 @@ from torch import nn
 from ..datasets import DigitScenesDataset
 from ..replacement import computing_layers
 from ..replacement.start import LoadReport
-from .checkpoint import check_checkpoint
+from .checkpoint import load_checkpoint_
 from .config import nested_dicts
 from .errors import UserError
-from .reading import safe_reading
+from .reading import read_checkpoint, safe_reading
 from .search import check_search, searched_module
 
 IMAGE_FOLDERS = ('ImageNet', 'CustomDataset')
@@ -55,18 +55,21 @@ def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pick
     options = dict(ignore=ignore_keys, allow_pickle=allow_pickle)
     for name, init in _pretrained_inits(model):
         with _named(f'{name}.init_cfg'):
-            reports[f'{name}.init_cfg={init["checkpoint"]}'] = check_checkpoint(
+            reports[f'{name}.init_cfg={init["checkpoint"]}'] = load_checkpoint_(
                 model.get_submodule(name), init['checkpoint'], prefix=init.get('prefix') or '', **options)
     setting, path = _first_checkpoint(cfg)
     if path:
         with _named(setting):
-            reports[f'{setting}={path}'] = check_checkpoint(model, path, **options)
+            reports[f'{setting}={path}'] = load_checkpoint_(model, path, **options)
+            if setting == 'resume':
+                _check_resumable(path, reports[f'resume={path}'], allow_pickle)
     if not (path and setting == 'resume'):
         _check_start(model, [report for report in reports.values() if isinstance(report, LoadReport)])
     return [f'{title}:\n{report}' for title, report in reports.items()]
 
 
-def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -> None:
+def check_testing(cfg: Config, checkpoint: str, *, ignore_keys: Sequence[str] = (),
+                  allow_pickle: bool = False) -> None:
     """Check a config and the checkpoint to be tested: model, checkpoint, data, work dir.
 
     Raises:
@@ -77,7 +80,7 @@ def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -
         raise UserError(f'checkpoint: {checkpoint} wasn\'t saved after the search that the config asks for; '
                         'train until the search has ended, then test')
     with _named('checkpoint'):
-        report = check_checkpoint(model, checkpoint, allow_pickle=allow_pickle)
+        report = load_checkpoint_(model, checkpoint, ignore=ignore_keys, allow_pickle=allow_pickle)
     if report.fits:
         raise UserError(f'checkpoint: {checkpoint} has weights for {len(report.fits)} blocks that the config replaces '
                         f'({", ".join(list(report.fits)[:3])}): it is a baseline\'s; test it with the baseline\'s '
@@ -191,6 +194,17 @@ def _check_start(model: nn.Module, loaded: Sequence[LoadReport]) -> None:
     if any(start.fade for start in fitted) and not loaded[-1].fits:
         raise UserError(f'replacement.start: {fitted[0]} needs the removed blocks, and the checkpoint is a replaced '
                         "model's own, which has none; load a baseline's, or set start.fade=0 to train on from it")
+
+
+def _check_resumable(path: str, report: LoadReport, allow_pickle: bool) -> None:
+    """Raise a UserError if a checkpoint has weights to start from, and no training of this model that could go on."""
+    checkpoint = read_checkpoint(path, allow_pickle)
+    meta = checkpoint.get('meta')
+    known = isinstance(meta, Mapping) and {'epoch', 'iter'} <= meta.keys() and 'message_hub' in checkpoint
+    if report.fits or not known:
+        kind = "is a baseline's, whose blocks are replaced here" if report.fits else 'has weights alone'
+        raise UserError(f'{path} {kind}, so no training can be resumed from it; to start from its weights, leave out '
+                        f'--resume and use --cfg-options load_from={path}')
 
 
 def _pretrained_inits(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -39,6 +39,7 @@ class Tools:
         launcher: ``'none'``, or ``'pytorch'``: torchrun on this machine.
         processes: how many torchrun starts; None for one on each GPU.
         jobs: how many trainings run side by side, on the same device.
+        options: of train.py and test.py, about the checkpoints that they read.
 
     Raises:
         UserError: ``processes`` without torchrun, or a number below 1.
@@ -47,6 +48,7 @@ class Tools:
     launcher: str = 'none'
     processes: int | None = None
     jobs: int = 1
+    options: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -56,7 +58,7 @@ class Tools:
 
     def command(self, tool: str, *arguments: object) -> list[str]:
         """Arguments for this Python."""
-        start = [str(self.folder / f'{tool}.py'), *map(str, arguments)]
+        start = [str(self.folder / f'{tool}.py'), *map(str, arguments), *self.options]
         if self.launcher == 'none':
             return start
         count = self.processes or max(1, torch.cuda.device_count())
