@@ -1,43 +1,70 @@
 """``torch.load`` for tensors, plain data and what MMEngine writes beside them, without running code from the file."""
 import pickle
 import tarfile
+import zipfile
 from codecs import encode
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from packaging.version import Version
 from torch import _weights_only_unpickler as torchs_unpickler
 
 ZIP_BEGINS = b'PK\x03\x04'
 
+_torch_load = torch.load
 
-def load_weights_only(path: str) -> Any:
-    """Read a file that ``torch.save`` has written; tensors come to the CPU.
+
+def load_weights_only(file: Any, **settings: Any) -> Any:
+    """Read what ``torch.save`` has written, from a path or an open file.
 
     Since 2.6 torch lets ``weights_only`` be extended. With older torch an unpickler of our own finds nothing but the
     allowed names. Files from before torch 1.6 aren't zipped; they are older than MMEngine, so what torch allows is
     enough.
 
+    Args:
+        file: a path, or a file that can go back.
+        settings: more arguments of :func:`torch.load`.
+
     Raises:
         pickle.UnpicklingError: it needs more than that; the message has the missing name behind ``GLOBAL``. Or it is in
             torch's tar format or holds TorchScript, which older torch reads by running what is in there.
     """
-    with open(path, 'rb') as file:
-        zipped = file.read(len(ZIP_BEGINS)) == ZIP_BEGINS
-    if not zipped and tarfile.is_tarfile(path):
-        raise pickle.UnpicklingError('a tar archive')
-    if zipped and 'constants.pkl' in torch._C.PyTorchFileReader(path).get_all_records():
-        raise pickle.UnpicklingError('a TorchScript archive')
+    if not hasattr(file, 'read'):
+        with open(file, 'rb') as opened:
+            return load_weights_only(opened, **settings)
+    zipped = _begins_with(file, ZIP_BEGINS)
+    if _runs_in_old_torch(file, zipped):
+        raise pickle.UnpicklingError('a tar archive or TorchScript')
     allowed = _allowed_globals()
     if Version(torch.__version__) >= Version('2.6'):
         with torch.serialization.safe_globals([(value, name) for name, value in allowed.items()]):
-            return torch.load(path, map_location='cpu', weights_only=True)
+            return _torch_load(file, weights_only=True, **settings)
     if not zipped:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    return torch.load(path, map_location='cpu', weights_only=False, pickle_module=_RestrictedPickle)
+        return _torch_load(file, weights_only=True, **settings)
+    return _torch_load(file, weights_only=False, pickle_module=_RestrictedPickle, **settings)
+
+
+def _begins_with(file: Any, head: bytes) -> bool:
+    place = file.tell()
+    found = file.read(len(head)) == head
+    file.seek(place)
+    return found
+
+
+def _runs_in_old_torch(file: Any, zipped: bool) -> bool:
+    """Whether it is a file of a kind that holds programs, or may."""
+    place = file.tell()
+    try:
+        if not zipped:
+            return tarfile.is_tarfile(file)
+        with zipfile.ZipFile(file) as archive:
+            return any(name.rpartition('/')[2] == 'constants.pkl' for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+    finally:
+        file.seek(place)
 
 
 class _RestrictedPickle:
@@ -62,10 +89,10 @@ def _allowed_globals() -> dict[str, Any]:
     """What MMEngine's checkpoints hold beside tensors, by the names that stand in the file: NumPy's of 1.x and 2.x."""
     reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     allowed = {'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer, 'builtins.getattr': _statistic,
-               'mmengine.config.config.ConfigDict': ConfigDict, 'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
+               'builtins.slice': slice, 'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed |= {f'{module}._reconstruct': reconstruct, f'{module}.scalar': scalar}
-    classes = {type(np.dtype(code)) for code in np.typecodes['All']}
+    classes = {type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?SU'}
     return allowed | {f'numpy.dtypes.{each.__name__}': each for each in classes}
 
 

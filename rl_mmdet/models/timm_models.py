@@ -56,7 +56,7 @@ def read_timm_weights(source: str) -> dict[str, Tensor]:
     files = [Path(source).expanduser(), *(_weights_folder() / f'{source}{end}' for end in ('.safetensors', '.pth'))]
     for file in files:
         if file.is_file():
-            return load_state_dict(str(file))
+            return load_state_dict(str(file), weights_only=True)
     if os.sep in source or source.endswith(('.safetensors', '.pth', '.bin')):
         raise FileNotFoundError(f'{source}: there is no such checkpoint file')
     return _download(source)
