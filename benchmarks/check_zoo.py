@@ -31,9 +31,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     quick = args.sample is not None
     if quick and (args.json or args.out):
         raise engine.UserError('--sample is a quick check of which no record is kept; leave out --json and --out')

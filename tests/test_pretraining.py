@@ -20,7 +20,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
 
-from rl_mmdet.engine import UserError, build_model, check_checkpoint, inspect_training, load_config
+from rl_mmdet.engine import UserError, build_model, inspect_training, load_checkpoint_, load_config
 from rl_mmdet.models import RLSwin, RLViT, build_rl_backbone
 from rl_mmdet.replacement import computing_layers
 
@@ -196,7 +196,7 @@ def test_all_that_a_classifier_and_a_detector_share_is_loaded(classifier, detect
     first, second = randomise_(classifier(replacement=replacement)), detector(replacement=replacement)
     torch.save({f'backbone.{key}': value for key, value in first.state_dict().items()}, tmp_path / 'first.pth')
     init = dict(checkpoint=str(tmp_path / 'first.pth'), prefix='backbone.')
-    report = check_checkpoint(second, init['checkpoint'], prefix=init['prefix'])
+    report = load_checkpoint_(second, init['checkpoint'], prefix=init['prefix'])
     assert report.fits == {}
     assert all(re.match(r'norm[012]\.|.*\.rel_pos_[hw]$', key) for key in report.missing)
     second.init_cfg = dict(init, type='Pretrained')
@@ -214,6 +214,6 @@ def test_timms_way_on_the_page_ends_in_both_backbones(monkeypatch, tmp_path):
     exec(script, scope)
     for text, width in zip(config.split('backbone = ')[1:], ({}, dict(base_channels=4, stem_channels=64)), strict=True):
         backbone = MODELS.build(eval(text, scope) | width)
-        report = check_checkpoint(backbone, 'rl-resnet50.pth')
+        report = load_checkpoint_(backbone, 'rl-resnet50.pth')
         assert (report.missing, report.fits) == ([], {})
         assert set(layers_of(backbone)) == {'layer2.1', 'layer3.1', 'layer4.1'}

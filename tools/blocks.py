@@ -13,9 +13,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     cfg = engine.load_config(args.config, args.cfg_options)
     table = analysis.block_table(cfg, args.checkpoint, args.allow_pickle)
     console = Console()

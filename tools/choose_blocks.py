@@ -21,12 +21,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     cfg = engine.load_config(args.config, args.cfg_options)
     trials = analysis.choose_blocks(cfg, args.checkpoint, args.p, batches=args.batches, steps=args.steps,
-                                    fusion=args.fusion, operators=args.operator, allow_pickle=args.allow_pickle)
+                                    fusion=args.fusion, operators=args.operator, ignore_keys=args.ignore_keys,
+                                    allow_pickle=args.allow_pickle)
     console = Console()
     table = analysis.error_table(trials)
     console.print(table) if console.is_terminal else Console(width=160).print(table)

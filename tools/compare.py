@@ -11,7 +11,8 @@ from rl_mmdet.analysis import compare
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Compare variants of a detector with its baseline')
+    parser = argparse.ArgumentParser(description='Compare variants of a detector with its baseline',
+                                     parents=[engine.checkpoint_arguments()])
     parser.add_argument('configs', nargs='*', metavar='[NAME=]CONFIG',
                         help='config files, the baseline\'s first; each is called NAME or else like its file')
     parser.add_argument('--variant', nargs='+', action='append', default=[], metavar=('NAME', 'KEY=VALUE'),
@@ -27,25 +28,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--jobs', type=int, default=1, help='how many trainings run side by side on the same device; '
                         'their times then say nothing (default: 1)')
     parser.add_argument('--report-dir', help='where the report is written (default: the work dir)')
-    parser.add_argument('--allow-pickle', action='store_true',
-                        help='read checkpoints that need code to be unpickled; only from sources you trust')
     only = parser.add_mutually_exclusive_group()
     only.add_argument('--cost-only', action='store_true', help='measure costs, train nothing')
     only.add_argument('--report-only', action='store_true', help='make the report again from what lies in the work dir')
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     folder = Path(args.work_dir)
-    tools = compare.Tools(Path(__file__).parent, args.launcher, args.processes, args.jobs)
+    options = ['--allow-pickle'] * args.allow_pickle
+    options += ['--ignore-keys', *args.ignore_keys] if args.ignore_keys else []
+    tools = compare.Tools(Path(__file__).parent, args.launcher, args.processes, args.jobs, options)
     if args.report_only:
         comparison = compare.Comparison(folder)
     else:
         comparison = compare.plan_comparison(
             folder, args.configs, compare.parse_variants(args.variant), args.seeds, args.cfg_options,
-            allow_pickle=args.allow_pickle, command=shlex.join(['python', *sys.argv]))
+            ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle, command=shlex.join(['python', *sys.argv]))
     compare.carry_out(comparison, tools, Path(args.report_dir or folder), measure_costs=not args.report_only,
                             train=not (args.cost_only or args.report_only), allow_pickle=args.allow_pickle)
 

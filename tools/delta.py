@@ -23,9 +23,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     if args.command == 'save':
         info = deploy.save_delta(args.base, args.tuned, args.out, args.allow_pickle)
         print(f'{args.out}: {str(info).splitlines()[0]}')

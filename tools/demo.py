@@ -17,9 +17,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    folder = Path(parse_args().work_dir)
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
+    folder = Path(args.work_dir)
     compare.carry_out(compare.plan_comparison(folder, CONFIGS, seeds=1), compare.Tools(ROOT / 'tools'), folder)
 
 

@@ -12,12 +12,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     cfg = engine.load_config(args.config, args.cfg_options)
     engine.take_found_(cfg, args.checkpoint, args.allow_pickle)
-    plain = deploy.save_plain_checkpoint(cfg, args.checkpoint, args.out, args.allow_pickle)
+    plain = deploy.save_plain_checkpoint(cfg, args.checkpoint, args.out, ignore_keys=args.ignore_keys,
+                                         allow_pickle=args.allow_pickle)
     print(f'{args.out}: {plain.describe()}')
 
 

@@ -17,15 +17,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.out:
         options.dump_predictions_(cfg, args.out)
     engine.take_found_(cfg, args.checkpoint, args.allow_pickle)
-    engine.check_testing(cfg, args.checkpoint, allow_pickle=args.allow_pickle)
+    engine.check_testing(cfg, args.checkpoint, ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         options.enable_visualization_(cfg, args)

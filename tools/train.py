@@ -12,14 +12,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument('--resume', nargs='?', const='auto',
                         help='go on from this checkpoint; without a file, from the latest one in the work dir')
-    parser.add_argument('--ignore-keys', nargs='+', default=[], metavar='REGEX',
-                        help='tensors of a checkpoint that may be missing or left over')
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+@engine.tool(parse_args)
+def main(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.resume:

@@ -14,10 +14,10 @@ from mmengine.runner import Runner, set_random_seed
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..engine import UserError, build_model, check_checkpoint, read_checkpoint
+from ..engine import UserError, build_model, load_checkpoint_, read_checkpoint
 from ..engine.preflight import check_data, make_data
 from ..models.backbones.replacement_mixin import replace_in_backbone_
-from ..models.layouts import own_layout, state_dict_of, translates
+from ..models.layouts import state_dict_of
 from ..replacement import ReplacementReport
 from ..replacement.plans import BestFit
 from ..replacement.plans.trial import forward_flops
@@ -41,7 +41,8 @@ class Trial:
 
 
 def choose_blocks(cfg: Config, checkpoint: str, p: float, *, batches: int = 4, steps: int = 100,
-                  fusion: str | None = None, operators: Sequence[str] = (), allow_pickle: bool = False) -> list[Trial]:
+                  fusion: str | None = None, operators: Sequence[str] = (), ignore_keys: Sequence[str] = (),
+                  allow_pickle: bool = False) -> list[Trial]:
     """Choose the blocks of ``cfg.model.backbone`` to replace, with the ``BestFit`` plan.
 
     Args:
@@ -52,7 +53,7 @@ def choose_blocks(cfg: Config, checkpoint: str, p: float, *, batches: int = 4, s
         steps: of the fit; 0 measures the start.
         fusion: a type's name or a JSON object, in place of the config's.
         operators: the same; each gets a trial of its own.
-        allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
+        ignore_keys, allow_pickle: see :func:`~rl_mmdet.engine.load_checkpoint_`.
 
     Returns:
         A trial for each operator.
@@ -70,7 +71,8 @@ def choose_blocks(cfg: Config, checkpoint: str, p: float, *, batches: int = 4, s
         settings['fusion'] = _type_settings('--fusion', fusion)
     asked = [_type_settings('--operator', text) for text in operators] or [settings.get('operator')]
     backbone = build_model(Config(dict(model=given, default_scope=cfg.get('default_scope', 'mmdet'))))
-    _load_(backbone, checkpoint, allow_pickle)
+    prefix = 'backbone' if state_dict_of(read_checkpoint(checkpoint, allow_pickle), 'backbone') else ''
+    load_checkpoint_(backbone, checkpoint, prefix=prefix, ignore=ignore_keys, allow_pickle=allow_pickle)
     inputs = calibration_batches(cfg, batches)
     backbone.to(get_device())
     try:
@@ -137,15 +139,6 @@ def cost_lines(trials: Sequence[Trial]) -> list[str]:
             f'{trial.report.removed_parameters:,} parameters replaced by layers that learn {trial.report.learnable:,}; '
             f'forward FLOPs of the backbone ×{trial.flops:.2f}'
             for trial in trials]
-
-
-def _load_(backbone: nn.Module, path: str, allow_pickle: bool) -> None:
-    """Load the backbone's weights; a UserError if they aren't all there."""
-    loaded = read_checkpoint(path, allow_pickle)
-    prefix = 'backbone' if state_dict_of(loaded, 'backbone') else ''
-    check_checkpoint(backbone, path, prefix=prefix, allow_pickle=allow_pickle)
-    tensors = state_dict_of(loaded, prefix, wrapped=translates(backbone))
-    backbone.load_state_dict(own_layout(backbone, tensors) if translates(backbone) else tensors, strict=False)
 
 
 def _type_settings(option: str, text: str) -> dict[str, Any]:

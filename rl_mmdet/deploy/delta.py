@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..engine import UserError, read_checkpoint
 from ..engine.files import check_new_file, written_whole
+from ..engine.reading import check_names
 from ..models.layouts import state_dict_of
 
 FORMAT = 'rl_mmdet.delta/1'
@@ -28,6 +30,7 @@ class DeltaInfo:
         numbers: how many numbers the tensors have together.
         base_numbers: how many the base has.
         base_hash, result_hash: :func:`state_hash` of the base's tensors and of the fine-tuned ones.
+        dataset_meta: the classes that the fine-tuned checkpoint names, and the like, or None.
         bytes: size of the file.
     """
     tensors: dict[str, tuple[int, ...]]
@@ -36,6 +39,7 @@ class DeltaInfo:
     base_numbers: int
     base_hash: str
     result_hash: str
+    dataset_meta: dict[str, Any] | None
     bytes: int
 
     def __str__(self) -> str:
@@ -107,13 +111,12 @@ def apply_delta(base: str, delta: str, out: str, allow_pickle: bool = False) -> 
         raise UserError(f'{base}: not the base of this delta: its tensors\' hash is {state_hash(tensors)[:16]}, the '
                         f'delta was made from {info.base_hash[:16]}')
     with _opened(delta) as file:
-        classes = json.loads(file.metadata()['dataset_meta'])
         tensors = {key: tensor for key, tensor in tensors.items() if key not in info.removed}
         tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if state_hash(tensors) != info.result_hash:
         raise UserError(f'{delta}: it is damaged: applied to its base it doesn\'t give what it was made from')
     with written_whole(out) as file:
-        torch.save(dict(state_dict=tensors, meta=dict(dataset_meta=classes)), file)
+        torch.save(dict(state_dict=tensors, meta=dict(dataset_meta=info.dataset_meta)), file)
     return info
 
 
@@ -121,7 +124,7 @@ def delta_info(delta: str) -> DeltaInfo:
     """What is in a delta file.
 
     Raises:
-        UserError: it is no delta file.
+        UserError: it is no delta file, or damaged.
     """
     with _opened(delta) as file:
         metadata = file.metadata() or {}
@@ -129,14 +132,23 @@ def delta_info(delta: str) -> DeltaInfo:
             raise UserError(f'{delta}: not a delta file of this version ({FORMAT})')
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return DeltaInfo(shapes, json.loads(metadata['removed']), numbers, int(metadata['base_numbers']),
-                     metadata['base'], metadata['result'], os.path.getsize(delta))
+    try:
+        removed, classes = json.loads(metadata['removed']), json.loads(metadata['dataset_meta'])
+        info = DeltaInfo(shapes, removed, numbers, int(metadata['base_numbers']), metadata['base'], metadata['result'],
+                         classes, os.path.getsize(delta))
+        if not (isinstance(removed, list) and isinstance(classes, dict | None) and info.base_numbers > 0
+                and all(re.fullmatch('[0-9a-f]{64}', each) for each in (info.base_hash, info.result_hash))):
+            raise ValueError
+    except (KeyError, ValueError, RecursionError):
+        raise UserError(f'{delta}: it is damaged: its metadata aren\'t those of a delta file') from None
+    check_names(delta, [*shapes, *removed])
+    return info
 
 
 def _read(path: str, allow_pickle: bool) -> tuple[dict[str, Tensor], Any]:
     """A checkpoint's tensors, and its dataset's classes if it has them."""
     checkpoint = read_checkpoint(path, allow_pickle)
-    tensors = state_dict_of(checkpoint, wrapped=True)
+    tensors = state_dict_of(checkpoint)
     if not tensors:
         raise UserError(f'{path}: holds no tensor')
     meta = checkpoint.get('meta')

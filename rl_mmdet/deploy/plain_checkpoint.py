@@ -1,4 +1,5 @@
 """A replaced detector's checkpoint as an ordinary baseline checkpoint."""
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -6,10 +7,9 @@ from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from ..engine import UserError, build_model, check_checkpoint, read_checkpoint
+from ..engine import UserError, build_model, load_checkpoint_, read_checkpoint
 from ..engine.detectors import inner_detectors
 from ..engine.files import check_new_file, written_whole
-from ..models.layouts import state_dict_of
 from ..replacement import computing_layers, materialize
 from ..replacement.operators import FullBlock
 
@@ -31,7 +31,8 @@ SIDES = (64, 128, 224, 256, 384, 512)
 """Sides in pixels of the images that a materialized detector is checked on; the first that it accepts is used."""
 
 
-def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: bool = False) -> Plain:
+def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, *, ignore_keys: Sequence[str] = (),
+                          allow_pickle: bool = False) -> Plain:
     """Materialize a trained detector and save it as an ordinary checkpoint.
 
     With ``FullBlock`` it is one for the baseline's config. With a light operator ordinary layers stand where the blocks
@@ -41,7 +42,7 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: 
         cfg: the config the detector was trained with.
         checkpoint: its checkpoint.
         out: file to write, with the keys ``state_dict`` and ``meta``; must not exist.
-        allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
+        ignore_keys, allow_pickle: see :func:`~rl_mmdet.engine.load_checkpoint_`.
 
     Returns:
         The names of the computing layers that became plain, and of the light operators among them.
@@ -50,19 +51,17 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, allow_pickle: 
         UserError: the checkpoint doesn't fit the config, isn't this model's own, or ``out`` exists.
     """
     check_new_file(out)
-    model = build_model(cfg).eval()
-    report = check_checkpoint(model, checkpoint, allow_pickle=allow_pickle)
+    model = build_model(cfg, allow_pickle).eval()
+    report = load_checkpoint_(model, checkpoint, ignore=ignore_keys, allow_pickle=allow_pickle)
     layers = computing_layers(model)
     if not layers or report.fits:
         raise UserError(f'{checkpoint}: it is an ordinary checkpoint already')
-    loaded = read_checkpoint(checkpoint, allow_pickle)
-    model.load_state_dict(state_dict_of(loaded), strict=False)
     try:
         plain = materialize(model)
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
     _check_same(model, plain)
-    classes = loaded.get('meta', {}).get('dataset_meta')
+    classes = read_checkpoint(checkpoint, allow_pickle).get('meta', {}).get('dataset_meta')
     with written_whole(out) as file:
         torch.save(dict(state_dict=plain.state_dict(), meta=dict(dataset_meta=classes)), file)
     light = {type(layer.operator).__name__ for layer in layers.values() if not isinstance(layer.operator, FullBlock)}

@@ -13,3 +13,8 @@ def first_line(error: BaseException) -> str:
     """An error's class and the first line of its text."""
     lines = str(error).strip().splitlines()
     return f'{type(error).__name__}: {lines[0] if lines else "no message"}'
+
+
+def printable(text: str) -> str:
+    """A text with its control characters spelled out, but for line breaks: a terminal would obey them."""
+    return ''.join(char if char.isprintable() or char == '\n' else repr(char)[1:-1] for char in text)

@@ -1,10 +1,12 @@
-"""Files that are written as a whole or not at all, and never over the user's."""
+"""Files that are written as a whole or not at all, and never over the user's; and records that are read again."""
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 
 @contextmanager
@@ -25,3 +27,16 @@ def check_new_file(path: str) -> None:
     """Raise a UserError if something is in the place of a file that is to be written."""
     if os.path.lexists(path):
         raise UserError(f'{path}: exists already; name another file')
+
+
+def read_record(path: Path, make: Callable[[Any], Any] = lambda content: content) -> Any:
+    """What ``make`` makes of the contents of a JSON file that a tool has written.
+
+    Raises:
+        UserError: the file can't be read, or isn't what the tool has written.
+    """
+    try:
+        return make(json.loads(path.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f'{path}: truncated or changed ({first_line(error)}); delete it to have it made '
+                        'again') from error

@@ -1,6 +1,7 @@
 """Building a run, and ending a tool with one clear line instead of a traceback."""
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from functools import wraps
 
@@ -10,7 +11,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .errors import UserError
+from .errors import UserError, printable
+from .reading import safe_reading
 
 
 def build_runner(cfg: Config, texts: Iterable[str] = ()) -> Runner:
@@ -33,22 +35,28 @@ def _start_cpu_processes_(cfg: Config) -> None:
     cfg.model_wrapper_cfg = ConfigDict(wrapper | dict(cfg.get('model_wrapper_cfg') or {}) | dict(device_ids=None))
 
 
-def tool(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a tool's ``main``: a UserError ends it with one line on stderr and exit status 1, Ctrl-C with 130.
+def tool(parse_args: Callable[[], Namespace]) -> Callable[[Callable[[Namespace], None]], Callable[[], None]]:
+    """Decorate a tool's ``main``, which gets what ``parse_args`` returns.
 
-    Of several processes only the first prints. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks.
+    A UserError ends it with one line on stderr and exit status 1, Ctrl-C with 130; of several processes only the first
+    prints. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks. No file that is read runs code
+    (:func:`~rl_mmdet.engine.safe_reading`), unless the arguments have ``allow_pickle``.
     """
-    @wraps(main)
-    def run() -> None:
-        try:
-            main()
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()  # as PyTorch asks for before a process ends
-        except (UserError, KeyboardInterrupt) as error:
-            if os.environ.get('RL_MMDET_TRACEBACK') == '1':
-                raise
-            interrupted = isinstance(error, KeyboardInterrupt)
-            if os.environ.get('RANK', '0') == '0':
-                sys.stderr.write('interrupted\n' if interrupted else f'error: {error}\n')
-            sys.exit(130 if interrupted else 1)
-    return run
+    def decorate(main: Callable[[Namespace], None]) -> Callable[[], None]:
+        @wraps(main)
+        def run() -> None:
+            try:
+                args = parse_args()
+                with safe_reading(getattr(args, 'allow_pickle', False)):
+                    main(args)
+                if torch.distributed.is_initialized():
+                    torch.distributed.destroy_process_group()  # as PyTorch asks for before a process ends
+            except (UserError, KeyboardInterrupt) as error:
+                if os.environ.get('RL_MMDET_TRACEBACK') == '1':
+                    raise
+                interrupted = isinstance(error, KeyboardInterrupt)
+                if os.environ.get('RANK', '0') == '0':
+                    sys.stderr.write('interrupted\n' if interrupted else f'error: {printable(str(error))}\n')
+                sys.exit(130 if interrupted else 1)
+        return run
+    return decorate

@@ -16,9 +16,10 @@ from torch import nn
 from ..datasets import DigitScenesDataset
 from ..replacement import computing_layers
 from ..replacement.start import LoadReport
-from .checkpoint import check_checkpoint
+from .checkpoint import load_checkpoint_
 from .config import nested_dicts
 from .errors import UserError
+from .reading import read_checkpoint, safe_reading
 from .search import check_search, searched_module
 
 IMAGE_FOLDERS = ('ImageNet', 'CustomDataset')
@@ -46,7 +47,7 @@ def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle
 
 def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> list[str]:
     """The first half of :func:`check_training`, which looks at model and checkpoints and writes nothing."""
-    model = build_model(cfg)
+    model = build_model(cfg, allow_pickle)
     _check_distributed(cfg, model)
     check_search(cfg, model)
     reports = {f'{name}.replacement': module.replacement_report for name, module in model.named_modules()
@@ -54,29 +55,32 @@ def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pick
     options = dict(ignore=ignore_keys, allow_pickle=allow_pickle)
     for name, init in _pretrained_inits(model):
         with _named(f'{name}.init_cfg'):
-            reports[f'{name}.init_cfg={init["checkpoint"]}'] = check_checkpoint(
+            reports[f'{name}.init_cfg={init["checkpoint"]}'] = load_checkpoint_(
                 model.get_submodule(name), init['checkpoint'], prefix=init.get('prefix') or '', **options)
     setting, path = _first_checkpoint(cfg)
     if path:
         with _named(setting):
-            reports[f'{setting}={path}'] = check_checkpoint(model, path, **options)
+            reports[f'{setting}={path}'] = load_checkpoint_(model, path, **options)
+            if setting == 'resume':
+                _check_resumable(path, reports[f'resume={path}'], allow_pickle)
     if not (path and setting == 'resume'):
         _check_start(model, [report for report in reports.values() if isinstance(report, LoadReport)])
     return [f'{title}:\n{report}' for title, report in reports.items()]
 
 
-def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -> None:
+def check_testing(cfg: Config, checkpoint: str, *, ignore_keys: Sequence[str] = (),
+                  allow_pickle: bool = False) -> None:
     """Check a config and the checkpoint to be tested: model, checkpoint, data, work dir.
 
     Raises:
         UserError: the first mistake found; also a checkpoint of the baseline, whose blocks are replaced here.
     """
-    model = build_model(cfg)
+    model = build_model(cfg, allow_pickle)
     if searched_module(model) is not None:
         raise UserError(f'checkpoint: {checkpoint} wasn\'t saved after the search that the config asks for; '
                         'train until the search has ended, then test')
     with _named('checkpoint'):
-        report = check_checkpoint(model, checkpoint, allow_pickle=allow_pickle)
+        report = load_checkpoint_(model, checkpoint, ignore=ignore_keys, allow_pickle=allow_pickle)
     if report.fits:
         raise UserError(f'checkpoint: {checkpoint} has weights for {len(report.fits)} blocks that the config replaces '
                         f'({", ".join(list(report.fits)[:3])}): it is a baseline\'s; test it with the baseline\'s '
@@ -84,8 +88,12 @@ def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -
     prepare_files(cfg, 'test')
 
 
-def build_model(cfg: Config) -> nn.Module:
+def build_model(cfg: Config, allow_pickle: bool = False) -> nn.Module:
     """Build ``cfg.model`` on the CPU without initialising weights.
+
+    Args:
+        cfg: a config.
+        allow_pickle: see :func:`~rl_mmdet.engine.safe_reading`; some detectors load a teacher while they are built.
 
     Raises:
         UserError: what the model's classes refuse, without the chain of classes that it went through.
@@ -94,8 +102,10 @@ def build_model(cfg: Config) -> nn.Module:
     if cfg.get('model') is None:
         raise UserError('config: it has no model')
     try:
-        return MODELS.build(cfg.model)
-    except (ValueError, TypeError, KeyError, AssertionError, ImportError, FileNotFoundError) as error:
+        with safe_reading(allow_pickle):
+            return MODELS.build(cfg.model)
+    except (ValueError, TypeError, KeyError, AssertionError, ImportError, FileNotFoundError,
+            UserError) as error:
         raise UserError(f'model: {_without_classes(error)}') from error
 
 
@@ -184,6 +194,17 @@ def _check_start(model: nn.Module, loaded: Sequence[LoadReport]) -> None:
     if any(start.fade for start in fitted) and not loaded[-1].fits:
         raise UserError(f'replacement.start: {fitted[0]} needs the removed blocks, and the checkpoint is a replaced '
                         "model's own, which has none; load a baseline's, or set start.fade=0 to train on from it")
+
+
+def _check_resumable(path: str, report: LoadReport, allow_pickle: bool) -> None:
+    """Raise a UserError if a checkpoint has weights to start from, and no training of this model that could go on."""
+    checkpoint = read_checkpoint(path, allow_pickle)
+    meta = checkpoint.get('meta')
+    known = isinstance(meta, Mapping) and {'epoch', 'iter'} <= meta.keys() and 'message_hub' in checkpoint
+    if report.fits or not known:
+        kind = "is a baseline's, whose blocks are replaced here" if report.fits else 'has weights alone'
+        raise UserError(f'{path} {kind}, so no training can be resumed from it; to start from its weights, leave out '
+                        f'--resume and use --cfg-options load_from={path}')
 
 
 def _pretrained_inits(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -10,9 +10,9 @@ from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from torch import nn
 
 from ..search import LearnedPlan, searched_setting
-from .checkpoint import read_checkpoint
 from .config import searches_of, set_unused_
 from .errors import UserError
+from .reading import read_checkpoint
 
 FOUND = 'found'
 """Key of checkpoints saved after a search: the setting that it has found."""

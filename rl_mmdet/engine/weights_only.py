@@ -73,10 +73,11 @@ def _allowed_globals() -> dict[str, Any]:
     """What MMEngine's checkpoints hold beside tensors, by the names that stand in the file: NumPy's of 1.x and 2.x."""
     reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     allowed = {'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer, 'builtins.getattr': _statistic,
-               'mmengine.config.config.ConfigDict': ConfigDict, 'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
+               'mmengine.config.config.ConfigDict': ConfigDict, 'builtins.slice': slice, 'numpy.ndarray': np.ndarray,
+               'numpy.dtype': np.dtype}
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed |= {f'{module}._reconstruct': reconstruct, f'{module}.scalar': scalar}
-    classes = {type(np.dtype(code)) for code in np.typecodes['All']}
+    classes = {type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?SU'}
     return allowed | {f'numpy.dtypes.{each.__name__}': each for each in classes}
 
 

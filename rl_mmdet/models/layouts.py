@@ -1,6 +1,7 @@
 """Reads weights that other projects saved under other names: renames them to the keys of the backbone at hand."""
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import singledispatch
 from typing import Any
@@ -11,31 +12,59 @@ from mmdet.models.backbones.swin import WindowMSA, swin_converter
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', 'model', 'module')
 """The keys under which projects keep the tensors in their checkpoints. Averaged weights come first, as in timm."""
 
 
-def state_dict_of(checkpoint: Mapping[str, Any], prefix: str = '', wrapped: bool = False) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by key, without DDP's ``module.``.
+def plain_form(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint in MMEngine's form: its tensors by key, or under ``'state_dict'`` with other things beside them.
+
+    Args:
+        checkpoint: what a checkpoint file holds. Its tensors may be under any of :data:`WRAPPERS`, and their keys may
+            have what DDP (``module.``) and ``torch.compile`` (``_orig_mod.``) put into them.
+    """
+    wrapper = next((key for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
+    if wrapper is None:
+        return _own_names(checkpoint)
+    inner = plain_form(checkpoint[wrapper])
+    return {**checkpoint, 'state_dict': inner.get('state_dict', inner)}
+
+
+def _own_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors by their own keys; what PyTorch notes on the modules that they come from stays with them."""
+    if not any(key.startswith('module.') or '_orig_mod.' in key for key in map(str, tensors)):
+        return tensors
+    own = OrderedDict((_own_name(str(key)), value) for key, value in tensors.items())
+    own._metadata = {_own_name(f'{key}.')[:-1]: value for key, value in getattr(tensors, '_metadata', {}).items()}
+    return own
+
+
+def _own_name(key: str) -> str:
+    """The key without ``_orig_mod.``, and without ``module.`` at its beginning."""
+    return re.sub(r'^(module\.)+', '', key.replace('_orig_mod.', ''))
+
+
+def state_dict_of(checkpoint: Mapping[str, Any], prefix: str = '') -> dict[str, Tensor]:
+    """The tensors of a checkpoint by key, in whichever form it is (:func:`plain_form`).
 
     Args:
         checkpoint: what a checkpoint file holds. What is not a tensor is left out.
         prefix: take only the keys below it, such as ``'backbone'``, and cut it off.
-        wrapped: look for the tensors under all of :data:`WRAPPERS`, not only under MMEngine's ``state_dict``.
     """
-    for wrapper in WRAPPERS if wrapped else ('state_dict',):
-        if isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
-            break
+    tensors = plain_form(checkpoint)
+    tensors = tensors.get('state_dict', tensors)
     prefix = prefix and prefix.rstrip('.') + '.'
-    tensors = {key.removeprefix('module.'): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    found = OrderedDict((str(key).removeprefix(prefix), value) for key, value in tensors.items()
+                        if isinstance(value, Tensor) and str(key).startswith(prefix))
+    if not prefix:
+        found._metadata = getattr(tensors, '_metadata', OrderedDict())
+    return found
 
 
 def read_pretrained(init_cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of the checkpoint that MMEngine's ``dict(type='Pretrained', checkpoint=..., prefix=...)`` names."""
     checkpoint = CheckpointLoader.load_checkpoint(init_cfg['checkpoint'], map_location='cpu')
-    return state_dict_of(checkpoint, init_cfg.get('prefix') or '', wrapped=True)
+    return state_dict_of(checkpoint, init_cfg.get('prefix') or '')
 
 
 @singledispatch
@@ -91,7 +120,7 @@ def _translate_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: Any
     """The load hook: replaces the tensors below ``prefix`` by the translated ones."""
     given = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
     given = {key.removeprefix(prefix): value for key, value in given.items()}
-    translated = own_layout(module, state_dict_of(given, wrapped=not prefix))
+    translated = own_layout(module, state_dict_of(given))
     state_dict.update({prefix + key: value for key, value in translated.items()})
 
 

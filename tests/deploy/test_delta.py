@@ -1,6 +1,7 @@
 """Delta files: what was changed and nothing else, exact, and only for their own base."""
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -89,6 +90,22 @@ def test_what_is_no_delta_is_refused(tmp_path):
     save_file({'x': torch.ones(2)}, path)
     with pytest.raises(UserError, match='not a delta file of this version'):
         delta_info(str(path))
+
+
+@pytest.mark.parametrize('change', [
+    {each: None} for each in ('base', 'result', 'base_numbers', 'removed', 'dataset_meta')] + [
+    dict(base='0' * 63), dict(result='\x1b[31m'), dict(base_numbers='0'), dict(base_numbers='many'), dict(removed='3'),
+    dict(removed='["a", 1, {"b": 2}'), dict(removed='[' * 9999), dict(dataset_meta='["a"'), dict(dataset_meta='3'),
+    dict(removed='["\\u001b[31m"]')])
+def test_metadata_that_no_delta_has_are_one_line(files, delta, change):
+    with safe_open(files['delta.safetensors'], 'pt') as file:
+        metadata = file.metadata() | change
+    save_file({'0.bias': torch.ones(4)}, files['delta.safetensors'],
+              {key: value for key, value in metadata.items() if value is not None})
+    for read in (delta_info, lambda path: apply_delta(files['base.pth'], path, files['out.pth'])):
+        with pytest.raises(UserError, match=r"delta\.safetensors: (it is damaged|a tensor .* '.x1b)") as caught:
+            read(files['delta.safetensors'])
+        assert str(caught.value).isprintable()
 
 
 def test_state_hash_depends_on_key_type_shape_and_bits_not_on_order():

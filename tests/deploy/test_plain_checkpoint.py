@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rl_mmdet.deploy import save_plain_checkpoint
-from rl_mmdet.engine import UserError, build_model, check_checkpoint, load_config
+from rl_mmdet.engine import UserError, build_model, load_checkpoint_, load_config
 
 
 def same_features(model, other):
@@ -39,7 +39,7 @@ def test_it_fits_the_baseline_and_gives_the_same_features(trained, save_plain, t
     assert (len(plain.blocks), plain.light) == (5, [])
     assert plain.describe().endswith("5 computing layers are plain blocks now; use it with the baseline's config")
     _, model, _, baseline = trained
-    report = check_checkpoint(baseline, str(tmp_path / 'plain.pth'))
+    report = load_checkpoint_(baseline, str(tmp_path / 'plain.pth'))
     assert not report.missing
     assert not report.left_over
     saved = torch.load(tmp_path / 'plain.pth', weights_only=True)

@@ -1,17 +1,31 @@
-"""Reading checkpoints without running their code, and refusing what doesn't fit."""
-import pickle
-
+"""Refusing checkpoints that don't fit."""
 import pytest
 import torch
 from mmdet.models.backbones import ResNet, SwinTransformer
+from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
-from rl_mmdet.engine import UserError, check_checkpoint, read_checkpoint
+from rl_mmdet.engine import UserError, load_checkpoint_
 from rl_mmdet.models import RLResNet, RLSwin
 
 TINY = dict(depth=50, base_channels=4, stem_channels=4)
 REPLACED = dict(TINY, replacement=dict(plan=dict(type='EveryKth', k=2)))
 PLUGIN = dict(cfg=dict(type='ContextBlock', ratio=.5), position='after_conv3', stages=(False, False, True, False))
+
+
+HEAD = dict(num_classes=2, in_channels=144, feat_channels=4, norm_cfg=None)
+DETECTORS = {
+    'ATSS': dict(type='ATSS', bbox_head=dict(HEAD, type='ATSSHead', anchor_generator=dict(
+        type='AnchorGenerator', ratios=[1.], octave_base_scale=8, scales_per_octave=1, strides=[4]))),
+    'FCOS': dict(type='FCOS', bbox_head=dict(HEAD, type='FCOSHead', strides=[4], regress_ranges=((-1, 64),))),
+}
+
+
+def detector(kind, **backbone):
+    """A detector of MMDetection's with this backbone."""
+    init_default_scope('mmdet')
+    return MODELS.build(dict(DETECTORS[kind], backbone=dict(backbone, out_indices=(3,)), neck=None))
 
 
 SLIM = dict(type='SlimBlock')
@@ -20,10 +34,6 @@ SLIM = dict(type='SlimBlock')
 def replaced(k, offset=1, **settings):
     """Arguments of a backbone that has left its first stage whole."""
     return dict(TINY, frozen_stages=1, replacement=dict(plan=dict(type='EveryKth', k=k, offset=offset), **settings))
-
-
-class Code:
-    """Something that only pickle can bring back."""
 
 
 @pytest.fixture
@@ -35,39 +45,8 @@ def save(tmp_path):
     return write
 
 
-def test_what_is_no_checkpoint_is_refused(save, tmp_path):
-    path = tmp_path / 'weights.pth'
-    with pytest.raises(UserError, match='no such checkpoint file'):
-        read_checkpoint(str(path))
-    save(ResNet(**TINY).state_dict())
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    with pytest.raises(UserError, match='truncated'):
-        read_checkpoint(str(path))
-    for content in (b'', b'hello world, this is a text file', b'\x89PNG\r\n\x1a\n' + bytes(100)):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match='not a PyTorch checkpoint'):
-            read_checkpoint(str(path))
-
-
-def test_what_needs_code_is_read_only_when_allowed(save):
-    path = save(dict(state_dict={}, meta=Code()))
-    with pytest.raises(UserError, match='--allow-pickle'):
-        read_checkpoint(path)
-    assert isinstance(read_checkpoint(path, allow_pickle=True)['meta'], Code)
-
-
-def test_reading_runs_no_code(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return open, (str(tmp_path / 'ran'), 'w')
-    (tmp_path / 'weights.pth').write_bytes(pickle.dumps(dict(a=Bomb())))
-    with pytest.raises(UserError):
-        read_checkpoint(str(tmp_path / 'weights.pth'))
-    assert not (tmp_path / 'ran').exists()
-
-
 def test_a_baseline_initialises_computing_layers(save):
-    report = check_checkpoint(RLResNet(**REPLACED), save(ResNet(**TINY).state_dict() | {'fc.weight': torch.zeros(2)}))
+    report = load_checkpoint_(RLResNet(**REPLACED), save(ResNet(**TINY).state_dict() | {'fc.weight': torch.zeros(2)}))
     assert sorted(report.fits) == ['layer1.1', 'layer2.1', 'layer3.1', 'layer3.3', 'layer4.1']
     assert report.left_over == ['fc.weight']
     assert not report.missing
@@ -77,9 +56,9 @@ def test_a_baseline_initialises_computing_layers(save):
 def test_a_backbone_is_found_below_its_prefix(save):
     state = ResNet(**TINY).state_dict()
     path = save(dict(state_dict={f'module.backbone.{key}': value for key, value in state.items()}))
-    assert not check_checkpoint(RLResNet(**REPLACED), path, prefix='backbone').missing
+    assert not load_checkpoint_(RLResNet(**REPLACED), path, prefix='backbone').missing
     with pytest.raises(UserError, match="no tensor below 'backbone'"):
-        check_checkpoint(RLResNet(**REPLACED), save(state), prefix='backbone')
+        load_checkpoint_(RLResNet(**REPLACED), save(state), prefix='backbone')
 
 
 @pytest.mark.parametrize(('saved', 'model', 'complaint'), [
@@ -90,7 +69,7 @@ def test_a_backbone_is_found_below_its_prefix(save):
 def test_what_does_not_fit_is_refused_with_its_keys(save, saved, model, complaint):
     (saved, settings), (model, own) = saved, model
     with pytest.raises(UserError, match=complaint):
-        check_checkpoint(model(**own), save(saved(**settings).state_dict()))
+        load_checkpoint_(model(**own), save(saved(**settings).state_dict()))
 
 
 @pytest.mark.parametrize(('there', 'here', 'differences'), [
@@ -108,7 +87,7 @@ def test_what_does_not_fit_is_refused_with_its_keys(save, saved, model, complain
 def test_a_checkpoint_of_another_replacement_is_refused_with_the_difference(save, there, here, differences):
     path = save(RLResNet(**there).state_dict())
     with pytest.raises(UserError, match='saved from a model with another replacement: ') as caught:
-        check_checkpoint(RLResNet(**here), path)
+        load_checkpoint_(RLResNet(**here), path)
     assert all(text in str(caught.value) for text in differences)
     assert '\n' not in str(caught.value)
 
@@ -123,24 +102,24 @@ def test_settings_that_no_key_shows_are_compared_with_the_saved_config(save, the
     text = Config(dict(model=dict(backbone=dict(saved, type='RLResNet')))).pretty_text
     path = save(dict(meta=dict(cfg=text), state_dict=RLResNet(**saved).state_dict()))
     if complaint is None:
-        assert check_checkpoint(RLResNet(**own), path).missing == []
+        assert load_checkpoint_(RLResNet(**own), path).missing == []
         return
     with pytest.raises(UserError, match=f'another replacement: {complaint}'):
-        check_checkpoint(RLResNet(**own), path)
+        load_checkpoint_(RLResNet(**own), path)
 
 
 def test_a_block_may_differ_where_its_keys_are_ignored(save):
     path = save(RLResNet(**replaced(k=4)).state_dict())
-    assert 'layer3.3' in check_checkpoint(RLResNet(**replaced(k=2)), path, ignore=[r'^layer3\.3']).fits
+    assert 'layer3.3' in load_checkpoint_(RLResNet(**replaced(k=2)), path, ignore=[r'^layer3\.3']).fits
 
 
 def test_mmdets_swin_is_not_given_its_own_layout_to_convert(save):
     tiny = dict(embed_dims=12, num_heads=(1, 1, 1, 1))
     path = save(SwinTransformer(**tiny).state_dict())
-    check_checkpoint(SwinTransformer(**tiny), path)
-    check_checkpoint(RLSwin(**tiny, convert_weights=True), path)
+    load_checkpoint_(SwinTransformer(**tiny), path)
+    load_checkpoint_(RLSwin(**tiny, convert_weights=True), path)
     with pytest.raises(UserError, match="doesn't read its own layout with convert_weights=True"):
-        check_checkpoint(SwinTransformer(**tiny, convert_weights=True), path)
+        load_checkpoint_(SwinTransformer(**tiny, convert_weights=True), path)
 
 
 def test_ignored_keys_may_be_missing(save):
@@ -148,13 +127,58 @@ def test_ignored_keys_may_be_missing(save):
     del state['conv1.weight']
     path = save(state)
     with pytest.raises(UserError, match='--ignore-keys'):
-        check_checkpoint(RLResNet(**REPLACED), path)
-    assert check_checkpoint(RLResNet(**REPLACED), path, ignore=['^conv1']).missing == ['conv1.weight']
+        load_checkpoint_(RLResNet(**REPLACED), path)
+    assert load_checkpoint_(RLResNet(**REPLACED), path, ignore=['^conv1']).missing == ['conv1.weight']
 
 
 def test_dcn_offsets_and_plugins_may_be_missing(save):
     model = RLResNet(**REPLACED, dcn=dict(type='DCNv2', deform_groups=1), plugins=[PLUGIN],
                      stage_with_dcn=(False, False, False, True))
-    missing = check_checkpoint(model, save(ResNet(**TINY).state_dict())).missing
+    missing = load_checkpoint_(model, save(ResNet(**TINY).state_dict())).missing
     assert any('conv_offset' in key for key in missing)
     assert any('context_block' in key for key in missing)
+
+
+def test_a_detector_with_a_teacher_and_a_student_starts_from_a_plain_one(save):
+    plain = detector('ATSS', type='ResNet', **TINY)
+    both = MODELS.build(dict(type='SemiBaseDetector', detector=dict(
+        DETECTORS['ATSS'], neck=None, backbone=dict(REPLACED, type='RLResNet', out_indices=(3,))),
+        semi_train_cfg=dict(freeze_teacher=True)))
+    path = save(plain.state_dict())
+    report = load_checkpoint_(both, path)
+    assert (len(report.fits), report.missing, report.left_over) == (10, [], [])
+    for part in (both.teacher, both.student):
+        assert torch.equal(part.bbox_head.atss_cls.weight, plain.bbox_head.atss_cls.weight)
+    with pytest.raises(UserError, match=r'student\.backbone\.layer2\.0\.conv1\.weight is missing'):
+        load_checkpoint_(both, save({key: value for key, value in plain.state_dict().items() if 'layer2.0' not in key}))
+
+
+def test_a_head_may_rename_keys_of_earlier_versions(save):
+    model = detector('FCOS', type='ResNet', **TINY)
+    old = {key.replace('conv_cls', 'fcos_cls').replace('conv_reg', 'fcos_reg'): torch.full_like(value, 2)
+           for key, value in model.state_dict().items()}
+    assert not load_checkpoint_(model, save(old)).left_over
+    assert (model.bbox_head.conv_cls.weight == 2).all()
+
+
+def test_buffers_that_a_model_does_not_save_may_be_left_over(save):
+    model = detector('FCOS', type='ResNet', **TINY)
+    model.data_preprocessor.register_buffer('mean', torch.zeros(3, 1, 1), persistent=False)
+    state = model.state_dict() | {'data_preprocessor.mean': torch.ones(3, 1, 1)}
+    load_checkpoint_(model, save(state))
+    with pytest.raises(UserError, match=r'data_preprocessor\.other has no place'):
+        load_checkpoint_(model, save(state | {'data_preprocessor.other': torch.ones(3)}))
+
+
+def test_weights_in_half_precision_give_the_starting_values_of_their_numbers(save):
+    state = ResNet(**TINY).half().state_dict()
+    full = {key: value.float() for key, value in state.items()}
+    model = RLResNet(**TINY, replacement=dict(plan=dict(type='EveryKth', k=2), start=dict(type='LeastSquares')))
+    found, wanted = (load_checkpoint_(model, save(each)).fits for each in (state, full))
+    assert all(torch.equal(fit.parameters['coeff'], wanted[name].parameters['coeff']) for name, fit in found.items())
+
+
+def test_of_a_file_of_another_model_the_line_says_what_its_keys_are(save):
+    path = save({f'encoder.{key}': value for key, value in ResNet(**TINY).state_dict().items()})
+    with pytest.raises(UserError, match=r"none of its 3\d\d tensors is .* begin with encoder, .*prefix="):
+        load_checkpoint_(RLResNet(**REPLACED), path)

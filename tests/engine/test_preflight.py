@@ -106,9 +106,24 @@ def test_a_run_is_resumed_from_the_named_checkpoint_or_the_latest(tiny, tmp_path
     assert resume_checkpoint(cfg) == 'latest.pth'
 
 
+@pytest.mark.parametrize(('file', 'kind'), [('baseline.pth', "is a baseline's"), ('own.pth', 'has weights alone')])
+def test_what_cannot_be_resumed_is_to_be_loaded(tiny, tmp_path, file, kind):
+    name = BASELINE if file == 'baseline.pth' else 'atss_rl-r34-k2_fpn_digits.py'
+    torch.save(build_model(tiny(name=name)).state_dict(), tmp_path / file)
+    cfg = tiny(f"load_from = '{tmp_path}/{file}'")
+    inspect_training(cfg)
+    cfg.resume = True
+    with pytest.raises(UserError, match=f'resume: .*{file} {kind}.* load_from={tmp_path}/{file}'):
+        inspect_training(cfg)
+
+
 def test_testing_takes_the_models_own_checkpoint_and_refuses_a_baselines(tiny, tmp_path):
     torch.save(build_model(tiny()).state_dict(), tmp_path / 'own.pth')
     check_testing(tiny(), str(tmp_path / 'own.pth'))
+    torch.save(dict(list(build_model(tiny()).state_dict().items())[1:]), tmp_path / 'part.pth')
+    with pytest.raises(UserError, match='--ignore-keys'):
+        check_testing(tiny(), str(tmp_path / 'part.pth'))
+    check_testing(tiny(), str(tmp_path / 'part.pth'), ignore_keys=['conv1'])
     torch.save(build_model(tiny(name=BASELINE)).state_dict(), tmp_path / 'baseline.pth')
     with pytest.raises(UserError, match="baseline's"):
         check_testing(tiny(), str(tmp_path / 'baseline.pth'))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_mmdet.engine import UserError, check_checkpoint
+from rl_mmdet.engine import UserError, load_checkpoint_
 from rl_mmdet.models import RLResNet, RLResNetV1d, RLSwin, RLViT
 from rl_mmdet.models.layouts import own_layout, state_dict_of
 from rl_mmdet.replacement import computing_layers, materialize, replace_blocks_
@@ -189,12 +189,12 @@ def test_layout_gives_the_outputs_of_its_source(layout, randomise_, tmp_path, in
 
     cfg = dict(layout.cfg, init_cfg=ConfigDict(type='Pretrained', checkpoint=path), replacement=EVERY_SECOND)
     model = MODELS.build(cfg)
-    assert set(check_checkpoint(model, path).fits) == set(computing_layers(model))
+    assert set(load_checkpoint_(model, path).fits) == set(computing_layers(model))
     model.init_weights()
     image = torch.randn(1, 3, *layout.images, generator=torch.Generator().manual_seed(3))
     assert_near(in_mode(model, False)(image), layout.maps(source, image), 1e-3)
     with pytest.raises(UserError, match=r"tensors don't fit the model|can't read weights"):
-        check_checkpoint(MODELS.build(cfg | layout.other), path)
+        load_checkpoint_(MODELS.build(cfg | layout.other), path)
 
 
 # Single layouts
@@ -223,7 +223,7 @@ def test_timm_layout_without_replacement_gives_its_outputs(build, source, maps, 
 def test_timm_layout_for_the_unreplaced_resnet_v1d_is_refused_as_it_would_not_be_read(tmp_path):
     torch.save(timm_resnet('50d').state_dict(), tmp_path / 'resnet50d.pth')
     with pytest.raises(UserError, match=r'stem\.0\.weight is missing'):
-        check_checkpoint(RLResNetV1d(depth=50, base_channels=4), str(tmp_path / 'resnet50d.pth'))
+        load_checkpoint_(RLResNetV1d(depth=50, base_channels=4), str(tmp_path / 'resnet50d.pth'))
 
 
 def test_timm_layout_for_mmdets_own_swin_is_refused_and_names_ours():
@@ -236,14 +236,14 @@ def test_preflight_names_the_missing_tensor_in_the_models_own_names(tmp_path):
     del tensors['layers.2.blocks.4.attn.qkv.weight']
     torch.save(tensors, tmp_path / 'swin.pth')
     with pytest.raises(UserError, match=r'stages\.2\.blocks\.4\.attn\.w_msa\.qkv\.weight is missing'):
-        check_checkpoint(MODELS.build(dict(OUR_SWIN, replacement=EVERY_SECOND)), str(tmp_path / 'swin.pth'))
+        load_checkpoint_(MODELS.build(dict(OUR_SWIN, replacement=EVERY_SECOND)), str(tmp_path / 'swin.pth'))
 
 
 def test_detectors_own_class_accepts_resnet_weights_in_the_preflight(tmp_path):
     """mmcv's ConvAWS makes its own two buffers out of weights that lack them."""
     torch.save(ResNet(50, base_channels=4).state_dict(), tmp_path / 'resnet.pth')
     model = MODELS.build(dict(type='DetectoRS_ResNet', depth=50, base_channels=4, conv_cfg=dict(type='ConvAWS')))
-    assert not check_checkpoint(model, str(tmp_path / 'resnet.pth')).mismatched
+    assert not load_checkpoint_(model, str(tmp_path / 'resnet.pth')).mismatched
 
 
 def test_safetensors_file_initialises_a_resnet_as_the_pytorch_file_does(randomise_, tmp_path, assert_same_state):
@@ -305,7 +305,7 @@ def test_preflight_refuses_positions_of_no_square_grid(tmp_path):
     tensors = dict(vit().state_dict(), pos_embed=torch.zeros(1, 15, 24))
     torch.save(tensors, tmp_path / 'vit.pth')
     with pytest.raises(UserError, match=r'vit.pth: position embeddings for 15 tokens are for no square grid'):
-        check_checkpoint(RLViT(VIT, img_size=64, window_size=2), str(tmp_path / 'vit.pth'))
+        load_checkpoint_(RLViT(VIT, img_size=64, window_size=2), str(tmp_path / 'vit.pth'))
 
 
 # Wrappers
@@ -313,9 +313,9 @@ def test_preflight_refuses_positions_of_no_square_grid(tmp_path):
 @pytest.mark.parametrize('wrapper', ['model', 'state_dict', 'state_dict_ema', 'model_ema'])
 def test_state_dict_of_finds_the_tensors_where_projects_keep_them(wrapper):
     tensors, others = {'a.weight': torch.ones(1)}, {'a.weight': torch.zeros(1)}
-    assert state_dict_of({wrapper: tensors | dict(step=3), 'epoch': 3}, wrapped=True) == tensors
+    assert state_dict_of({wrapper: tensors | dict(step=3), 'epoch': 3}) == tensors
     if wrapper.endswith('ema'):  # averages are preferred
-        assert state_dict_of({wrapper: tensors, 'model': others}, wrapped=True) == tensors
+        assert state_dict_of({wrapper: tensors, 'model': others}) == tensors
 
 
 @pytest.mark.parametrize('prefix', ['backbone', 'backbone.'])

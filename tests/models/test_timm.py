@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rl_mmdet.engine import UserError, check_checkpoint
+from rl_mmdet.engine import UserError, load_checkpoint_
 from rl_mmdet.models import RLViT, build_rl_backbone
 from rl_mmdet.models.timm_models import read_timm_weights
 from rl_mmdet.replacement import computing_layers
@@ -181,7 +181,7 @@ def test_no_file_and_no_network_names_the_file_and_its_place_in_the_preflight(fo
     model = build_rl_backbone(timm=NAME, pretrained=True, **TINY)
     with pytest.raises(UserError, match=rf'the weights {NAME} are not on this machine .*model\.safetensors of timm/'
                                         rf'{NAME} .*put it at {folder / NAME}\.safetensors, or .*checkpoint=FILE\)'):
-        check_checkpoint(model, model.init_cfg['checkpoint'])
+        load_checkpoint_(model, model.init_cfg['checkpoint'])
     assert [args[0] for args in download] == ['timm/resnet50.a1_in1k']
 
 
@@ -214,14 +214,14 @@ def test_preflight_accepts_timms_own_file_for_images_of_any_size(source, kwargs,
     made = timm.create_model(source, **kwargs if 'channels' in kwargs else dict(kwargs, img_size=64))
     save_file(made.state_dict(), tmp_path / 'x.safetensors')
     model = build_rl_backbone(timm=source, replacement=EVERY_SECOND, **kwargs)
-    assert set(check_checkpoint(model, str(tmp_path / 'x.safetensors')).fits) == set(computing_layers(model))
+    assert set(load_checkpoint_(model, str(tmp_path / 'x.safetensors')).fits) == set(computing_layers(model))
 
 
 def test_preflight_refuses_the_file_of_a_shallower_model(tmp_path):
     save_file(timm.create_model('resnet26', **TINY).state_dict(), tmp_path / 'x.safetensors')
     model = build_rl_backbone(timm='resnet50', replacement=EVERY_SECOND, **TINY)
     with pytest.raises(UserError, match=r"don't fit the model: .*layer1\.2\.conv1\.weight is missing"):
-        check_checkpoint(model, str(tmp_path / 'x.safetensors'))
+        load_checkpoint_(model, str(tmp_path / 'x.safetensors'))
 
 
 def test_preflight_refuses_positions_that_timm_cannot_interpolate(tmp_path):
@@ -229,7 +229,7 @@ def test_preflight_refuses_positions_that_timm_cannot_interpolate(tmp_path):
     save_file(state, tmp_path / 'vit.safetensors')
     with pytest.raises(UserError, match=r"timm can't read weights with position embeddings of shape \(1, 16, 24\) as "
                                         'vit_tiny_patch16_224'):
-        check_checkpoint(RLViT(timm='vit_tiny_patch16_224', **PLAIN), str(tmp_path / 'vit.safetensors'))
+        load_checkpoint_(RLViT(timm='vit_tiny_patch16_224', **PLAIN), str(tmp_path / 'vit.safetensors'))
 
 
 # Bad input

@@ -1,16 +1,19 @@
 """COCO average precision of dumped detections, and the matches it is computed from."""
 import json
+import zlib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from math import isfinite
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ...engine.errors import UserError, first_line
 from ...engine.files import written_whole
 
 METRICS = ('bbox', 'segm')
@@ -66,9 +69,17 @@ class Matches:
 
     @classmethod
     def load(cls, path: Path) -> 'Matches':
-        """Read what :meth:`save` has written."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**arrays)
+        """Read what :meth:`save` has written.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(**arrays)
+        except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+            raise UserError(f'{path}: truncated or changed ({first_line(error)}); delete scores.json beside it to have '
+                            'both made again') from error
 
 
 def score_detections(annotations: Path, detections: Path, metric: str,

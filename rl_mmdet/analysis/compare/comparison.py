@@ -21,6 +21,8 @@ from ...engine.preflight import prepare_files
 from .same_question import check_same_question, coco_evaluator, differing, metrics_of
 
 FORMAT = 'rl_mmdet.comparison/1'
+RECORD = {'variants', 'seeds', 'commands', 'classes'}
+"""What the record of a comparison has."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class Comparison:
 
 def plan_comparison(folder: Path, configs: Sequence[str],
                     variants: Mapping[str, Mapping[str, Any]] | None = None, seeds: int = 3,
-                    options: Mapping[str, Any] | None = None, allow_pickle: bool = False,
-                    command: str = '') -> Comparison:
+                    options: Mapping[str, Any] | None = None, ignore_keys: Sequence[str] = (),
+                    allow_pickle: bool = False, command: str = '') -> Comparison:
     """Check everything, then make the folder of a comparison, or add to the one that is there.
 
     Args:
@@ -113,7 +115,7 @@ def plan_comparison(folder: Path, configs: Sequence[str],
         variants: variants by name, each as changes of the baseline's config by dotted key.
         seeds: trainings of each variant, with the seeds 0, 1, ...
         options: changes of all configs.
-        allow_pickle: see :func:`rl_mmdet.engine.inspect_training`.
+        ignore_keys, allow_pickle: see :func:`rl_mmdet.engine.inspect_training`.
         command: what the user typed, to be kept for the report.
 
     Raises:
@@ -133,7 +135,7 @@ def plan_comparison(folder: Path, configs: Sequence[str],
     check_same_question(cfgs)
     for cfg in cfgs.values():
         cfg.work_dir = str(folder)
-    for check in (lambda cfg: inspect_training(cfg, allow_pickle=allow_pickle),
+    for check in (lambda cfg: inspect_training(cfg, ignore_keys=ignore_keys, allow_pickle=allow_pickle),
                   lambda cfg: prepare_files(cfg, 'train', 'val')):  # which makes the folder
         for name, cfg in cfgs.items():
             try:
@@ -250,6 +252,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f'{path}: can\'t be read ({error})') from error
-    if not isinstance(content, dict) or content.get('format') != FORMAT:
+    if not isinstance(content, dict) or content.get('format') != FORMAT or not content.keys() >= RECORD:
         raise UserError(f'{path}: not the record of a comparison that this version can read ({FORMAT})')
     return content

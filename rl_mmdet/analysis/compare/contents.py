@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...engine import UserError
+from ...engine.files import read_record
 from ..training_run import TrainingCost
 from .bootstrap import paired_interval, resampled_precision
 from .coco_scores import Scores
@@ -146,7 +147,7 @@ def _run_result(comparison: Comparison, run: Run) -> RunResult:
     scores, checkpoint = scores_of(run), checkpoint_of(run)
     complaint, record = run.folder / 'error.txt', run.folder / 'cost.json'
     error = complaint.read_text(encoding='utf-8').strip() if complaint.is_file() else None
-    training = TrainingCost(**json.loads(record.read_text())) if record.is_file() else TrainingCost()
+    training = read_record(record, lambda content: TrainingCost(**content)) if record.is_file() else TrainingCost()
     return RunResult(
         run.variant, run.seed, 'finished' if scores else 'failed' if error else 'unfinished', error, scores or {},
         training, read_training_log(run.folder), str(run.folder.relative_to(comparison.folder)),

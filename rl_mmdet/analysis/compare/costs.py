@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 
 from ...engine import UserError
-from ...engine.files import write_text
+from ...engine.files import read_record, write_text
 from ..cost import ratios_to, seconds_in_turn
 from .comparison import Comparison
 from .runs import Say, checkpoint_of
@@ -82,9 +82,9 @@ def read_costs(folder: Path) -> dict[str, Any]:
     path = folder / 'costs.json'
     if not path.is_file():
         return dict(costs={}, environment={}, checkpoints={})
-    content = json.loads(path.read_text())
-    costs = {name: each if isinstance(each, str) else Cost(**each) for name, each in content['costs'].items()}
-    return content | dict(costs=costs)
+    return read_record(path, lambda content: dict(
+        costs={name: each if isinstance(each, str) else Cost(**each) for name, each in content['costs'].items()},
+        environment=dict(content['environment']), checkpoints=dict(content['checkpoints'])))
 
 
 def environment() -> dict[str, str]:

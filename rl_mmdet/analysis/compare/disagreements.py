@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from mmengine.dataset import BaseDataset
 
+from ...engine.files import read_record
 from .coco_scores import Matches
 from .comparison import Comparison, Run, val_dataset
 from .contents import Contents
@@ -96,7 +97,7 @@ def disagreements(comparison: Comparison, contents: Contents, count: int = 6) ->
     ids = [images[index]['id'] for index, _ in chosen]
     names = {each['id']: each['name'] for each in annotations['categories'] if each['name'] in comparison.classes}
     truth = _boxes([each for each in annotations['annotations'] if not each.get('iscrowd')], ids, names)
-    found = {run: _boxes(json.loads((run.folder / 'detections.bbox.json').read_text()), ids, names)
+    found = {run: _boxes(read_record(run.folder / 'detections.bbox.json'), ids, names)
              for run in {run for _, variant in chosen for run in pairs[variant]}}
     figure = Figure(figsize=(9.6, 3.3 * len(chosen)), layout='constrained')
     for row, (index, variant), file, image in zip(figure.subplots(len(chosen), 3, squeeze=False), chosen, files, ids,

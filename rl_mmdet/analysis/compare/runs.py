@@ -18,7 +18,7 @@ import torch
 from mmengine.config import Config
 
 from ...engine import UserError
-from ...engine.files import write_text
+from ...engine.files import read_record, write_text
 from ..training_run import end_with_parent, run_training
 from .coco_scores import Matches, Scores, score_detections
 from .comparison import Comparison, Run
@@ -39,6 +39,7 @@ class Tools:
         launcher: ``'none'``, or ``'pytorch'``: torchrun on this machine.
         processes: how many torchrun starts; None for one on each GPU.
         jobs: how many trainings run side by side, on the same device.
+        options: of train.py and test.py, about the checkpoints that they read.
 
     Raises:
         UserError: ``processes`` without torchrun, or a number below 1.
@@ -47,6 +48,7 @@ class Tools:
     launcher: str = 'none'
     processes: int | None = None
     jobs: int = 1
+    options: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -56,7 +58,7 @@ class Tools:
 
     def command(self, tool: str, *arguments: object) -> list[str]:
         """Arguments for this Python."""
-        start = [str(self.folder / f'{tool}.py'), *map(str, arguments)]
+        start = [str(self.folder / f'{tool}.py'), *map(str, arguments), *self.options]
         if self.launcher == 'none':
             return start
         count = self.processes or max(1, torch.cuda.device_count())
@@ -147,8 +149,8 @@ def scores_of(run: Run) -> dict[str, Scores] | None:
     path = run.folder / 'scores.json'
     if not path.is_file():
         return None
-    return {metric: Scores(**scores | dict(notes=tuple(scores['notes'])))
-            for metric, scores in json.loads(path.read_text()).items()}
+    return read_record(path, lambda content: {metric: Scores(**scores | dict(notes=tuple(scores['notes'])))
+                                              for metric, scores in content.items()})
 
 
 def matches_of(run: Run, metric: str) -> Matches:

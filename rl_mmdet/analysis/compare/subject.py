@@ -13,9 +13,8 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 
-from ...engine import UserError, build_model, check_checkpoint, read_checkpoint, take_found_
+from ...engine import UserError, build_model, load_checkpoint_, take_found_
 from ...engine.search import searched_module
-from ...models.layouts import state_dict_of
 from ...replacement import materialize, set_step_
 from ...replacement.flops import count_flops
 from ...replacement.saved_bytes import saved_bytes
@@ -129,13 +128,12 @@ def _build(cfg: Config, checkpoint: Path | None, allow_pickle: bool) -> nn.Modul
     set_random_seed(0)
     cfg = Config(dict(default_scope=cfg.get('default_scope'), model=_alone(cfg.model)))
     take_found_(cfg, checkpoint and str(checkpoint), allow_pickle)
-    model = build_model(cfg)
+    model = build_model(cfg, allow_pickle)
     if searched_module(model) is not None:
         raise UserError('what it costs is not known before its search has found a plan; train it first')
     model.init_weights()
     if checkpoint is not None:
-        check_checkpoint(model, str(checkpoint), allow_pickle=allow_pickle)
-        model.load_state_dict(state_dict_of(read_checkpoint(str(checkpoint), allow_pickle)), strict=False)
+        load_checkpoint_(model, str(checkpoint), allow_pickle=allow_pickle)
     return model
 
 

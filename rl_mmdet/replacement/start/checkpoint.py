@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..computing_layer import ComputingLayer, computing_layers
@@ -24,12 +25,14 @@ class LoadReport:
         missing: keys the model needs and the checkpoint lacks.
         left_over: keys of the checkpoint that nothing in the model takes.
         mismatched: by key, the shape in the checkpoint and the shape in the model.
+        held: by computing layer, the checkpoint's keys for its place, without the layer's name.
     """
     loaded: list[str] = field(default_factory=list)
     fits: dict[str, Fit] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    held: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Four lines: loaded, used for initialisation, missing, left over."""
@@ -61,6 +64,7 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
     adapted = dict(state_dict)
     report = LoadReport()
     for name, layer in computing_layers(model).items():
+        report.held[name] = [key[len(f'{prefix}{name}.'):] for key in state_dict if key.startswith(f'{prefix}{name}.')]
         adapted.update(_own_buffers(layer, state_dict, f'{prefix}{name}.'))
         removed = any(f'{prefix}{name}.{tensor_name}' in state_dict for tensor_name in layer.removed.shapes)
         fit = _fit(model, name, layer, state_dict, prefix) if layer.made else removed and Fit({}, 1.0)
@@ -80,7 +84,10 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
 
 
 def add_pretrained_hook(model: nn.Module) -> None:
-    """From now on loading a baseline's state dict into ``model`` also initialises its computing layers."""
+    """From now on loading a baseline's state dict into ``model`` also initialises its computing layers.
+
+    What became of the tensors is in ``model.load_report`` then, a :class:`LoadReport`.
+    """
     remove_pretrained_hook(model)
     model._register_load_state_dict_pre_hook(_initialise_on_load, with_module=True)
 
@@ -89,6 +96,7 @@ def remove_pretrained_hook(model: nn.Module) -> None:
     hooks = model._load_state_dict_pre_hooks
     for key in [key for key, wrapped in hooks.items() if getattr(wrapped, 'hook', None) is _initialise_on_load]:
         del hooks[key]
+    vars(model).pop('load_report', None)
 
 
 def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
@@ -98,6 +106,7 @@ def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: An
     only its own keys; the hook therefore sits on the module that holds all the neighbours.
     """
     adapted, report = adapt_state_dict(module, state_dict, prefix)
+    module.load_report = report
     for name, layer in computing_layers(module).items():
         layer.norm_stale = name in report.fits
         if layer.removed.block is not None:
@@ -133,7 +142,8 @@ def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[st
     def look_up(block: str, tensor: str, shape: Shape) -> Tensor | None:
         value = state_dict.get(f'{prefix}{block}.{tensor}')
         fits = isinstance(value, Tensor) and tuple(value.shape) == tuple(shape)
-        return layer.read(tensor, value) if fits else None
+        # half precision is too coarse, and too small, for the sums of a fit
+        return layer.read(tensor, value.to(torch.promote_types(value.dtype, torch.float32))) if fits else None
 
     targets: dict[str, Tensor] = {}
     pairs: dict[str, Pair] = {}

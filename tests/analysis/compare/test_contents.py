@@ -52,6 +52,20 @@ def test_collect_refuses_runs_that_were_scored_on_other_annotations(finished):
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize('name', ['runs/base/seed_0/scores.json', 'runs/base/seed_0/matches_bbox.npz',
+                                  'runs/base/seed_0/cost.json', 'costs.json'])
+@pytest.mark.parametrize('content', [b'', b'{"bbox": {"a', b'{"costs": 3, "bbox": 1}', b'PK'])
+def test_a_truncated_or_changed_result_file_is_one_line(finished, name, content):
+    path = finished[0].folder / name
+    before = path.read_bytes() if path.exists() else None
+    path.write_bytes(content)
+    try:
+        with pytest.raises(UserError, match=rf'{path.name}: truncated or changed .*; delete .* made again$'):
+            collect(finished[0])
+    finally:
+        path.write_bytes(before) if before is not None else path.unlink()
+
+
 def test_in_short_names_one_seed_and_a_difference_with_its_bounds(collected):
     twin, worse = in_short(collected)
     assert twin.startswith('twin: ') and 'AP (-1.000, but one seed only: no interval)' in twin
