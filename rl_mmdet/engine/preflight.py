@@ -14,6 +14,7 @@ from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
 from ..datasets import DigitScenesDataset
+from ..models.layouts import take_wrapped_
 from ..replacement import computing_layers
 from ..replacement.start import LoadReport
 from .checkpoint import load_checkpoint_
@@ -103,10 +104,13 @@ def build_model(cfg: Config, allow_pickle: bool = False) -> nn.Module:
         raise UserError('config: it has no model')
     try:
         with safe_reading(allow_pickle):
-            return MODELS.build(cfg.model)
+            model = MODELS.build(cfg.model)
     except (ValueError, TypeError, KeyError, AssertionError, ImportError, FileNotFoundError,
             UserError) as error:
         raise UserError(f'model: {_without_classes(error)}') from error
+    if 'runner_type' not in cfg:
+        take_wrapped_(model)  # as in the runner
+    return model
 
 
 def resume_checkpoint(cfg: Config) -> str | None:

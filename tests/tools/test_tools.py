@@ -41,10 +41,18 @@ def test_train_from_a_pretrained_backbone_then_test_and_resume(run_tool, tiny_co
                  'recalibrated 10 BatchNorms', 'Epoch(val) [1][1/1]'):
         assert line in text
 
-    status, _ = test(config, 'work/epoch_1.pth', '--work-dir', 'test', '--out', 'predictions.pkl')
+    state = torch.load('work/epoch_1.pth', weights_only=False)['state_dict']
+    del state['bbox_head.atss_cls.bias']
+    torch.save(dict(state_dict={f'model.{key}': value for key, value in state.items()}), 'lightning.pth')
+    status, output = test(config, 'lightning.pth', '--work-dir', 'refused')
+    assert status == 1 and '1 tensors don\'t fit' in output.err and '--ignore-keys' in output.err
+    status, output = test(config, 'lightning.pth', '--work-dir', 'test', '--out', 'predictions.pkl', '--ignore-keys',
+                          'atss_cls.bias')
     assert status == 0
     assert [prediction['img_id'] for prediction in load('predictions.pkl')] == [0, 1]
     assert 'Evaluating bbox' in log('test')
+    assert 'missing keys in source state_dict: bbox_head.atss_cls.bias\n' in output.out
+    assert 'unexpected key' not in output.out
 
     status, _ = train(config, '--work-dir', 'work', '--resume', '--cfg-options', 'train_cfg.max_epochs=2',
                       'experiment_name=second', 'visualizer.name=second')
