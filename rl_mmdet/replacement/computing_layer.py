@@ -1,6 +1,8 @@
 """The computing layer: the module that stands where a block was."""
 import copy
 import inspect
+import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +19,7 @@ from .gradient import Gradient, scaled_gradients, with_zero_gradients
 from .operators import Operator
 from .rebuild import can_be_made_again
 from .resize import Shape, resize
-from .template import RunLock, attributes_of, drop_parameters_, statistics_stay, take_parameters_, with_tensors
+from .template import MADE, RunLock, attributes_of, drop_parameters_, statistics_stay, take_parameters_, with_tensors
 
 
 class LayerSettings(NamedTuple):
@@ -136,8 +138,11 @@ class ComputingLayer(nn.Module):
     def _add_parameters(self, block: nn.Module) -> None:
         like = next(block.parameters())
         learned = self.fusion.new_parameters(self.made, like.device, like.dtype) if self.made else {}
-        for name, parameter in (learned | self.operator.new_parameters(block)).items():
+        parameters = learned | self.operator.new_parameters(block)
+        for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
+        self.learned = tuple(parameters)
+        """Names of the parameters that the fusion and the operator learn."""
 
     def take_from(self, chain: Chain, index: int, choice: Choice) -> None:
         """Take the weights from the kept blocks that are nearest with this choice. Arguments as in the class."""
@@ -192,7 +197,8 @@ class ComputingLayer(nn.Module):
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the fusion and the operator learn, by name; not what is left untouched of the block."""
-        return {name: parameter for name, parameter in self._parameters.items() if name not in self.untouched}
+        own = self._parameters
+        return {name: own[name] if name in own else getattr(self, name) for name in self.learned}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same inputs, outputs and shapes as the removed block."""
@@ -229,6 +235,17 @@ class ComputingLayer(nn.Module):
         if self.removed.block is not None:
             vars(self.removed.block).pop(name, None)
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As ever, but MMEngine's ``fuse_conv_bn`` looks for weights to change right here, and there are none.
+
+        Raises:
+            RuntimeError: it has called.
+        """
+        if sys._getframe(1).f_code.co_name == 'fuse_conv_bn':
+            raise RuntimeError(f'fuse_conv_bn can\'t fuse a replaced block, {MADE} (the model as it was: of this one '
+                               'some blocks are fused by now)')
+        return super().named_children()
+
     def is_own(self, name: str) -> bool:
         """Whether an attribute is the layer's, not the template's."""
         own = self.__dict__
@@ -256,7 +273,9 @@ class ComputingLayer(nn.Module):
             return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
         compiling = torch.compiler.is_compiling()  # then the compiler decides what is kept
         if not compiling and torch.jit.is_tracing():
-            return self._make_weights_and_run(1, method, *args, **kwargs)
+            with torch.enable_grad():  # operations that every exporter knows
+                weights = self.weights()
+            return self._run_template(weights, method, *args, **kwargs)
         factor = self.gradient.factor(self.turn, self.training)
         if self.operator.repeatable:  # its weights are few, so they are made once and kept
             run = partial(self._run_template, self.weights(factor), method)
@@ -355,9 +374,13 @@ def set_step_(model: nn.Module, step: int, staggered: bool = True) -> None:
 
 def _tensor(block: nn.Module, name: str) -> Tensor:
     """A block's parameter, or the plain tensor that ``torch.func.functional_call`` put in its place."""
-    owner, slot = slot_of(block, name)
-    tensor = owner._parameters.get(slot)  # as a rule; getattr looks for everything else first
-    return getattr(owner, slot) if tensor is None else tensor
+    try:
+        owner, slot = slot_of(block, name)
+        tensor = owner._parameters.get(slot)  # as a rule; getattr looks for everything else first
+        return getattr(owner, slot) if tensor is None else tensor
+    except (KeyError, AttributeError):
+        raise RuntimeError(f'a kept {type(block).__name__} has lost its {name}, of which a replaced block\'s is made; '
+                           'materialize() the model before it is fused or changed in another way') from None
 
 
 def _save_shared_once(layer: ComputingLayer, state: dict, prefix: str, *_: Any) -> None:

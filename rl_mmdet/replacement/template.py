@@ -10,6 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .block_structure import all_parameters, slot_of
 
+MADE = 'its weights are made by a computing layer: materialize() the model first'
+"""What is said about a module of a replaced block, where another library wants its weights."""
+
 
 class RunLock:
     """A lock that a thread may take again. A copy, and what is left of it in a new process, is a free one."""
@@ -43,6 +46,8 @@ def drop_parameters_(template: nn.Module, untouched: Collection[str] = ()) -> No
         module = template.get_submodule(owner)
         module._parameters[slot] = None
         module.reset_parameters = _nothing_to_do  # torch's own would ask None for its shape
+        module.register_parameter = partial(_refuse, module)
+        module.extra_repr = partial(_extra_repr, module)
         if loads_its_own_way(module):  # and such a loader would ask None for its statistics
             module._load_from_state_dict = partial(nn.Module._load_from_state_dict, module)
     for module in template.modules():
@@ -56,7 +61,7 @@ def take_parameters_(template: nn.Module, parameters: Mapping[str, nn.Parameter]
         owner, _, slot = name.rpartition('.')
         template.get_submodule(owner)._parameters[slot] = parameter
     for module in template.modules():
-        for method in ('reset_parameters', 'init_weights', '_load_from_state_dict'):
+        for method in ('reset_parameters', 'register_parameter', 'extra_repr', 'init_weights', '_load_from_state_dict'):
             vars(module).pop(method, None)
 
 
@@ -107,3 +112,13 @@ def _has_parameters(module: nn.Module) -> bool:
 
 def _nothing_to_do() -> None:
     """In the place of methods that set parameters, in modules that have none left."""
+
+
+def _refuse(module: nn.Module, name: str, *_: object) -> None:
+    """In the place of ``register_parameter``, by which pruning and the like take a weight out of its slot."""
+    raise RuntimeError(f'{name} can\'t be set on {module!r}')
+
+
+def _extra_repr(module: nn.Module) -> str:
+    """What torch's own errors show of the module."""
+    return f'{type(module).extra_repr(module)}, {MADE}'

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from mmcv.cnn import fuse_conv_bn
+from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval_for_single_model
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from rl_mmdet.replacement import fit_outputs_, materialize, replace_blocks_
+from rl_mmdet.replacement import computing_layers, fit_outputs_, materialize, replace_blocks_
 from rl_mmdet.replacement.saved_bytes import saved_bytes
 from rl_mmdet.search.search_space import finish_search_
 
@@ -205,3 +208,89 @@ def test_threads_predict_with_one_model(features, copied):
         thread.join()
     assert len(found) == 3
     assert all(torch.equal(out, expected) for out in found)
+
+
+# Modules that stand in several places
+
+def test_a_block_that_stands_in_two_places_is_refused_and_its_neighbour_is_not(features):
+    one = Gained()
+    net = nn.Sequential(one, Gained(), one, Gained(), Gained())
+    reason = 'can\'t be replaced: it also stands in another place of the model'
+    with pytest.raises(ValueError, match=reason):
+        replace_blocks_(net, dict(plan=dict(type='Blocks', blocks={'': [2]})))
+    net[4].conv2 = net[3].conv2
+    with pytest.raises(ValueError, match=reason.replace('it', 'its conv2', 1)):
+        replace_blocks_(net, dict(plan=dict(type='Blocks', blocks={'': [3]})))
+    replace_blocks_(net, dict(plan=dict(type='EveryKth', k=2)))
+    assert list(computing_layers(net)) == ['1']
+    torch.testing.assert_close(net(features), materialize(net)(features))
+
+
+# Other libraries' tools
+
+def convolutions(net: nn.Module) -> list[nn.Module]:
+    return [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+
+
+def spectral_norms(net: nn.Module) -> None:
+    for conv in convolutions(net):
+        parametrizations.spectral_norm(conv)
+
+
+def pruned(net: nn.Module) -> None:
+    for conv in convolutions(net):
+        prune.l1_unstructured(conv, 'weight', 0.5)
+
+
+@pytest.mark.parametrize('use', [fuse_conv_bn, spectral_norms, pruned])
+def test_what_changes_the_weights_of_all_blocks_says_what_to_do_first(replaced, use, image):
+    net = replaced().eval()
+    plain = materialize(net)
+    with pytest.raises((RuntimeError, ValueError), match=r'materialize\(\) the model first'):
+        use(net)
+    use(plain)
+    assert plain(image).isfinite().all()
+
+
+@pytest.mark.parametrize('operator', ['SlimBlock', 'DepthwiseBlock'])
+def test_fuse_conv_bn_says_what_to_do_first_where_light_operators_run(replaced, operator):
+    with pytest.raises(RuntimeError, match='materialize'):
+        fuse_conv_bn(replaced(operator=dict(type=operator)).eval())
+
+
+def test_a_kept_block_that_has_lost_a_tensor_is_named(replaced, image):
+    net = replaced().eval()
+    net.layer2[1].norm1 = nn.Identity()
+    with pytest.raises(RuntimeError, match='a kept Unit has lost its norm1.weight.*materialize'):
+        net(image)
+
+
+def test_kept_blocks_and_the_layers_own_parameters_can_be_reparametrized(replaced, image):
+    net = replaced().eval()
+    before = net(image)
+    parametrizations.spectral_norm(net.layer2[1].conv1)
+    parametrize.register_parametrization(net.layer2[2], 'coeff', nn.Softsign())
+    out = net(image)
+    assert not torch.allclose(out, before)
+    torch.testing.assert_close(out, materialize(net)(image))
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize(('operator', 'grad'), [
+    ('FullBlock', True), ('SlimBlock', False), pytest.param('DepthwiseBlock', False, marks=pytest.mark.slow)])
+def test_traces_equal_the_model(replaced, operator, grad, image):
+    net = replaced(operator=dict(type=operator)).eval()
+    with torch.set_grad_enabled(grad):
+        expected = net(image)
+        traced = torch.jit.trace(net, image)
+        assert '_foreach' not in str(traced.inlined_graph)  # which ONNX doesn't know
+        torch.testing.assert_close(traced(image), expected)
+        torch.testing.assert_close(fx.symbolic_trace(net)(image), expected)
+
+
+@pytest.mark.parametrize('operator', ['FullBlock', 'SlimBlock'])
+def test_efficient_conv_bn_eval_equals_the_model(replaced, operator, image):
+    net = replaced(operator=dict(type=operator)).eval()
+    expected = net(image)
+    turn_on_efficient_conv_bn_eval_for_single_model(net)
+    torch.testing.assert_close(net(image), expected, rtol=1e-4, atol=1e-5)
