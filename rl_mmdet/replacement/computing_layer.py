@@ -85,6 +85,7 @@ class ComputingLayer(nn.Module):
         turn: whether it learns in this step; None if nobody counts the steps. See :class:`~.gradient.Gradient`.
         norm_stale: the weights are new, and BatchNorm's running statistics still the removed block's.
         fit_wanted: a baseline's weights have been loaded, and ``start`` has a fit to make with them.
+        undecayed: the optimizer was built so that weight decay leaves the layer's own parameters alone.
         provisional: the block is still there, and this layer is a child of it.
         lock: held while the template has weights: threads that predict with one model take turns.
 
@@ -105,6 +106,7 @@ class ComputingLayer(nn.Module):
         self.turn: bool | None = None
         self.norm_stale = True
         self.fit_wanted = False
+        self.undecayed = False
         self.lock = RunLock()
         self.donors: dict[str, tuple[int | None, int | None]] = {}
         """For every tensor to make: which of the kept blocks before and after give it, counted as in ``kept``."""
