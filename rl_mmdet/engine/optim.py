@@ -18,7 +18,8 @@ class RLOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         wrapper = super().__call__(model)
-        fusions = {id(p) for layer in computing_layers(model).values() for p in layer.own_parameters().values()}
+        layers = computing_layers(model).values()
+        fusions = {id(p) for layer in layers for p in layer.own_parameters().values()}
         for group in list(wrapper.optimizer.param_groups):
             undecayed = [p for p in group['params'] if id(p) in fusions]
             if len(undecayed) == len(group['params']):
@@ -26,6 +27,8 @@ class RLOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             elif undecayed:
                 group['params'] = [p for p in group['params'] if id(p) not in fusions]
                 wrapper.optimizer.add_param_group({**group, 'params': undecayed, 'weight_decay': 0.})
+        for layer in layers:
+            layer.undecayed = True
         return wrapper
 
 

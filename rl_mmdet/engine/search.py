@@ -37,7 +37,8 @@ def check_search(cfg: Config, model: nn.Module) -> None:
     """Check a run's settings against those of the search in it, if there is one.
 
     Raises:
-        UserError: the search is longer than the run, or what it can't do: FSDP, DeepSpeed, compiling, a static graph.
+        UserError: the search is longer than the run, or what it can't do: FSDP, DeepSpeed, compiling, a static
+            graph, activation checkpoints under DDP.
     """
     searched = searched_module(model)
     if searched is None:
@@ -58,6 +59,9 @@ def check_search(cfg: Config, model: nn.Module) -> None:
     if wrapper.get('static_graph'):
         raise UserError(f'{setting}: what runs changes with every step, so the graph of a search isn\'t static; leave '
                         'model_wrapper_cfg.static_graph out')
+    if cfg.get('launcher', 'none') != 'none' and any(getattr(module, 'with_cp', False) for module in model.modules()):
+        raise UserError(f'{setting}: with_cp=True and DDP that looks for unused parameters, as a search needs it, mark '
+                        'a variable ready twice; set with_cp=False until the plan is found')
 
 
 def take_found_(cfg: Config, checkpoint: str | None, allow_pickle: bool = False) -> None:

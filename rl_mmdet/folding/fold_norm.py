@@ -86,6 +86,7 @@ def unfold_norm_(model: nn.Module) -> None:
         if isinstance(module, _Paired):
             module.__class__ = module.plain_class
             del module.plain_class, module.place_of_other
+            vars(module).pop('folded', None)
 
 
 class _Paired:
@@ -120,6 +121,20 @@ class FoldingConv2d(_Paired, nn.Conv2d, _ConvNd):  # the last for mmengine's ini
         pair = Pair(own['weight'], own['bias'], theirs['weight'], theirs['bias'],
                     statistics['running_mean'], statistics['running_var'], norm.eps)
         return None if pair.weight is None or pair.mean is None or pair.var is None else pair
+
+    def frozen(self, pair: Pair, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W' and b' of a pair that stays as it is; folded again where a tensor was exchanged or written to."""
+        tensors = [tensor for tensor in pair[:6] if tensor is not None]
+        now = (dtype, [(tensor._version, tensor.data_ptr()) for tensor in tensors], tensors)
+        before, folded = self.__dict__.get('folded', (None, None))
+        if before is None or before[:2] != now[:2] or any(a is not b for a, b in zip(before[2], tensors, strict=True)):
+            folded = next(fold([pair], dtype))
+            self.folded = (now, folded)
+        return folded
+
+    def train(self, mode: bool = True) -> 'FoldingConv2d':
+        self.__dict__.pop('folded', None)  # writing to a tensor's .data leaves no trace
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         folded = _folded(self, x)
@@ -175,6 +190,8 @@ def _folded(conv: FoldingConv2d, x: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     cast = autocast_dtype(x.device.type) if pair.weight.dtype != torch.float64 else None
     dtype = cast or pair.weight.dtype
+    if pair.frozen:
+        return conv.frozen(pair, dtype)
     if run is None:
         return next(fold([pair], dtype))
     convs, pairs = zip(*run.batches[conv], strict=True)
@@ -196,7 +213,7 @@ def _begin_run(root: nn.Module, _: Any) -> None:
     sizes: dict[tuple, int] = {}
     for conv in _convolutions(root):
         pair = None if outer is not None and conv in outer.batches else conv.pair()
-        if pair is None:
+        if pair is None or pair.frozen:
             continue
         kind, size = pair.kind, pair.weight.numel()
         sizes[kind] = sizes.get(kind, WEIGHTS) + size

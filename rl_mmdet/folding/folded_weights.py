@@ -8,7 +8,7 @@ from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -33,6 +33,12 @@ class Pair(NamedTuple):
     @property
     def learns(self) -> bool:
         return any(tensor is not None and tensor.requires_grad for tensor in self[:4])
+
+    @property
+    def frozen(self) -> bool:
+        """Whether all are parameters that don't learn, not tensors that were made for this run."""
+        return all(tensor is None or isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+                   for tensor in self[:4])
 
 
 def fold(pairs: Sequence[Pair], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:

@@ -29,6 +29,9 @@ def build_timm_model(name: str, **kwargs: Any) -> nn.Module:
         known = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(f'timm has no model {name!r}' + (f'; did you mean {", ".join(known)}?' if known else
                                                           "; timm.list_models('*NAME*') searches"))
+    if 'features_only' in kwargs:
+        raise ValueError(f'timm model {name}: leave features_only out, RLBackbone gives feature maps anyway; '
+                         'out_indices says which')
     kwargs = dict(num_classes=0) | kwargs
     try:
         try:

@@ -1,5 +1,6 @@
 """Chains: the ordered blocks of one stage, who is kept, and who are a block's neighbours."""
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -46,6 +47,7 @@ class Chain:
         operator: decides which blocks it can stand for, and which of their tensors it needs; None takes all.
 
     Attributes:
+        places: in how many places of the model each of its modules stands, by id.
         beside: the chain before and after this one in the model whose blocks are of the same class, if any.
     """
     path: str
@@ -55,6 +57,7 @@ class Chain:
     name: str = ''
     adapt: bool = False
     operator: Any = None
+    places: Counter[int] = field(default_factory=Counter, repr=False)
     beside: list[Optional['Chain']] = field(default_factory=lambda: [None, None], repr=False)
 
     def __post_init__(self) -> None:
@@ -81,8 +84,14 @@ class Chain:
 
     @cached_property
     def _refused(self) -> list[str | None]:
-        """Why the operator can't stand for a block, None where it can; as it was when first asked for."""
-        return [self.operator and self.operator.why_not(block) for block in self.blocks]
+        """Why a block can't be replaced, whatever the others are; None where it can; as it was when first asked for."""
+        return [self._why_shared(block) or (self.operator and self.operator.why_not(block)) for block in self.blocks]
+
+    def _why_shared(self, block: nn.Module) -> str | None:
+        inside = _count_places(block)
+        name = next((name for name, each in block.named_modules() if self.places[id(each)] > inside[id(each)]
+                     and next(each.parameters(), None) is not None), None)
+        return None if name is None else f'{f"its {name}" if name else "it"} also stands in another place of the model'
 
     @cached_property
     def _needed(self) -> list[dict[str, Shape]]:
@@ -188,6 +197,11 @@ def _children(container: nn.Module) -> tuple[list[str], list[nn.Module]]:
     return [key for key, _ in named], [child for _, child in named]
 
 
+def _count_places(model: nn.Module) -> Counter[int]:
+    """In how many places of a model each of its modules stands, by id."""
+    return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+
+
 def find_chains(model: nn.Module, adapt: bool = False, operator: Any = None) -> dict[str, Chain]:
     """Find the chains of ``model``: runs of residual units of one class that stand one after the other.
 
@@ -205,12 +219,13 @@ def find_chains(model: nn.Module, adapt: bool = False, operator: Any = None) -> 
         ``name[start:stop]`` where that one holds several.
     """
     chains: dict[str, Chain] = {}
+    places = _count_places(model)
 
     def search(module: nn.Module, path: str) -> None:
         runs = _runs(module)
         for start, stop in runs:
             name = '' if len(runs) == 1 else f'{path}[{start}:{stop}]'
-            chain = Chain(path, module, start, stop, name, adapt, operator)
+            chain = Chain(path, module, start, stop, name, adapt, operator, places)
             chains[chain.name] = chain
         inside = {index for start, stop in runs for index in range(start, stop)}
         for index, (key, child) in enumerate(zip(*_children(module), strict=True)):

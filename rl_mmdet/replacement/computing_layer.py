@@ -1,12 +1,15 @@
 """The computing layer: the module that stands where a block was."""
 import copy
-from contextlib import nullcontext
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._torch_compat import is_compiling
@@ -17,7 +20,7 @@ from .gradient import Gradient, scaled_gradients, with_zero_gradients
 from .operators import Operator
 from .rebuild import can_be_made_again
 from .resize import Shape, resize
-from .template import can_init_weights, drop_parameters_, init_weights_, statistics_stay, take_parameters_
+from .template import MADE, RunLock, attributes_of, drop_parameters_, statistics_stay, take_parameters_, with_tensors
 
 
 class LayerSettings(NamedTuple):
@@ -40,12 +43,14 @@ class RemovedBlock:
         learned: whether each of them learned.
         unused_buffers: names of its buffers that the operator has no use for.
         with_cp: whether it was checkpointed.
+        attributes: names of what can be set on it and has no effect any more, as the operator runs something else.
         block: the block itself, as long as the layer is to be fitted to it (``start.keeps_block``).
     """
     shapes: dict[str, Shape]
     learned: dict[str, bool]
     unused_buffers: frozenset[str]
     with_cp: bool
+    attributes: frozenset[str]
     block: nn.Module | None = None
 
 
@@ -59,6 +64,9 @@ class ComputingLayer(nn.Module):
     the operator leaves untouched of the block, under the block's names, nothing else: the neighbours are referenced,
     not owned, and so are moved, saved and copied where they stand.
     ``copy.deepcopy`` of a model yields computing layers that point into the copy.
+
+    To its surroundings it is a block: attributes that it doesn't have itself are set on the template and read from
+    there, and the template's methods run on the weights that are made.
 
     Args:
         chain, index: the block to remove. It is taken over: its parameters are dropped, but those that the operator
@@ -78,7 +86,13 @@ class ComputingLayer(nn.Module):
         turn: whether it learns in this step; None if nobody counts the steps. See :class:`~.gradient.Gradient`.
         norm_stale: the weights are new, and BatchNorm's running statistics still the removed block's.
         fit_wanted: a baseline's weights have been loaded, and ``start`` has a fit to make with them.
+        undecayed: the optimizer was built so that weight decay leaves the layer's own parameters alone.
         provisional: the block is still there, and this layer is a child of it.
+        lock: held while the template has weights: threads that predict with one model take turns.
+
+    Raises:
+        AttributeError: something is set that only the removed block would have used, and the operator runs another
+            module.
 
     Sources: arXiv 2410.01239 (RL-v1), arXiv 2605.19533 (RL-v2, "computing layer").
     """
@@ -93,6 +107,10 @@ class ComputingLayer(nn.Module):
         self.turn: bool | None = None
         self.norm_stale = True
         self.fit_wanted = False
+        self.undecayed = False
+        self.lock = RunLock()
+        self.donors: dict[str, tuple[int | None, int | None]] = {}
+        """For every tensor to make: which of the kept blocks before and after give it, counted as in ``kept``."""
         self._add_parameters(block)
         whole = copy.deepcopy(block) if self.start.keeps_block and not self.provisional else None
         buffers, with_cp = {name for name, _ in block.named_buffers()}, bool(getattr(block, 'with_cp', False))
@@ -103,7 +121,8 @@ class ComputingLayer(nn.Module):
         self.removed = RemovedBlock(
             {name: tuple(parameter.shape) for name, parameter in gone.items()},
             {name: parameter.requires_grad for name, parameter in gone.items()},
-            frozenset(buffers - {name for name, _ in template.named_buffers()}), with_cp, whole)
+            frozenset(buffers - {name for name, _ in template.named_buffers()}), with_cp,
+            frozenset() if template is block else attributes_of(block), whole)
         drop_parameters_(block, self.untouched)
         drop_parameters_(template, self.untouched)
         for name in [name for name in template._parameters if name in self.untouched]:
@@ -122,8 +141,11 @@ class ComputingLayer(nn.Module):
     def _add_parameters(self, block: nn.Module) -> None:
         like = next(block.parameters())
         learned = self.fusion.new_parameters(self.made, like.device, like.dtype) if self.made else {}
-        for name, parameter in (learned | self.operator.new_parameters(block)).items():
+        parameters = learned | self.operator.new_parameters(block)
+        for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
+        self.learned = tuple(parameters)
+        """Names of the parameters that the fusion and the operator learn."""
 
     def take_from(self, chain: Chain, index: int, choice: Choice) -> None:
         """Take the weights from the kept blocks that are nearest with this choice. Arguments as in the class."""
@@ -132,7 +154,6 @@ class ComputingLayer(nn.Module):
         places = list(dict.fromkeys(used))
         self.donors = {name: tuple(None if place is None else places.index(place) for place in sides)
                        for name, sides in donors.items()}
-        """For every tensor to make: which of the kept blocks before and after give it, counted as in ``kept``."""
         # In a tuple these modules are no children of this one.
         self._unowned = (self.template, *(place.block for place in places))
 
@@ -179,24 +200,85 @@ class ComputingLayer(nn.Module):
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the fusion and the operator learn, by name; not what is left untouched of the block."""
-        return {name: parameter for name, parameter in self._parameters.items() if name not in self.untouched}
+        own = self._parameters
+        return {name: own[name] if name in own else getattr(self, name) for name in self.learned}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same inputs, outputs and shapes as the removed block."""
         return self._run('forward', *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """The removed block's other ways forward, such as ``rfp_forward`` of DetectoRS, on the fused tensors.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if '_unowned' not in self.__dict__ or name.startswith('__') or not hasattr(self.template, name):
+                raise
+        value = getattr(self.template, name)
+        if inspect.ismethod(value) and name not in vars(self.template):
+            return partial(self._initialise if name == 'init_weights' else self._run, name)
+        return value
 
-        Where something of the block is left untouched, also its ``init_weights``, for MMEngine to call.
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = self.is_own(name) or isinstance(value, (nn.Module, nn.Parameter))
+        if own:
+            super().__setattr__(name, value)
+        elif name in self.removed.attributes:
+            raise AttributeError(f'{name}={value!r} was set on a replaced block, but {self.operator} runs something '
+                                 'else there, which has no use for it; take operator FullBlock')
+        elif self.removed.block is not None:
+            setattr(self.removed.block, name, value)
+        if not own or (name == 'training' and '_unowned' in self.__dict__):
+            setattr(self.template, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self.is_own(name):
+            super().__delattr__(name)
+            return
+        delattr(self.template, name)
+        if self.removed.block is not None:
+            vars(self.removed.block).pop(name, None)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As ever, but MMEngine's ``fuse_conv_bn`` looks for weights to change right here, and there are none.
+
+        Raises:
+            RuntimeError: it has called.
         """
-        if 'forward' in name and '_unowned' in self.__dict__ and callable(getattr(type(self.template), name, None)):
-            return partial(self._run, name)
-        if name == 'init_weights' and '_unowned' in self.__dict__ and can_init_weights(self.template):
-            return partial(init_weights_, self.template, self)
-        return super().__getattr__(name)
+        if sys._getframe(1).f_code.co_name == 'fuse_conv_bn':
+            raise RuntimeError(f'fuse_conv_bn can\'t fuse a replaced block, {MADE} (the model as it was: of this one '
+                               'some blocks are fused by now)')
+        return super().named_children()
+
+    def is_own(self, name: str) -> bool:
+        """Whether an attribute is the layer's, not the template's."""
+        own = self.__dict__
+        return ('_unowned' not in own or name in own or hasattr(type(self), name)
+                or any(name in own[kind] for kind in ('_parameters', '_buffers', '_modules')))
+
+    def stand_ins(self) -> AbstractContextManager:
+        """The context in which the template has tensors where its weights are made, for code that initialises them."""
+        with torch.no_grad():
+            tensors = {name: torch.zeros_like(tensor) for name, tensor in self.weights().items()}
+        if self.operator.light:  # where all of the block's layers may have biases, nobody asks for them
+            biases = {f'{name.removesuffix("weight")}bias': tensor.new_zeros(len(tensor))
+                      for name, tensor in tensors.items() if name.endswith('weight')}
+            tensors = biases | tensors
+        return with_tensors(self.template, tensors)
+
+    def _initialise(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Let the template initialise what is left of it."""
+        with self.stand_ins():
+            getattr(self.template, method)(*args, **kwargs)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], fx.Proxy):  # a trace doesn't look into it, as with torch's own modules
+            tracer = args[0].tracer
+            return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
+        compiling = is_compiling()  # then the compiler decides what is kept
+        if not compiling and torch.jit.is_tracing():
+            with torch.enable_grad():  # operations that every exporter knows
+                weights = self.weights()
+            return self._run_template(weights, method, *args, **kwargs)
         factor = self.gradient.factor(self.turn, self.training)
         if self.operator.repeatable:  # its weights are few, so they are made once and kept
             run = partial(self._run_template, self.weights(factor), method)
@@ -204,7 +286,6 @@ class ComputingLayer(nn.Module):
             run = partial(self._make_weights_and_run, factor, method)
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
-        compiling = is_compiling()  # then the compiler decides what is kept
         if self.checkpointed and not compiling:
             out = checkpoint(run, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
         else:
@@ -219,7 +300,8 @@ class ComputingLayer(nn.Module):
         return self._run_template(self.weights(factor), method, *args, **kwargs)
 
     def _run_template(self, weights: dict[str, Tensor], method: str, *args: Any, **kwargs: Any) -> Any:
-        return self.operator(self.template, weights | self._direct_parameters(), method, *args, **kwargs)
+        with nullcontext() if is_compiling() else self.lock:
+            return self.operator(self.template, weights | self._direct_parameters(), method, *args, **kwargs)
 
     def _direct_parameters(self) -> dict[str, nn.Parameter]:
         """Of what stays the block's own, that which stands in the block itself and in none of its submodules."""
@@ -231,6 +313,15 @@ class ComputingLayer(nn.Module):
         return self.gradient.recompute is True or self.removed.with_cp
 
     @property
+    def with_cp(self) -> bool:
+        """MMDetection's name for a block that keeps nothing but its input."""
+        return self.removed.with_cp
+
+    @with_cp.setter
+    def with_cp(self, value: bool) -> None:
+        self.removed = replace(self.removed, with_cp=bool(value))
+
+    @property
     def output_made_again(self) -> bool:
         """Whether the block after it needn't keep its output."""
         return self.operator.repeatable and self.gradient.recompute is not False
@@ -238,10 +329,6 @@ class ComputingLayer(nn.Module):
     def _contexts(self) -> tuple[Any, Any]:
         """What an activation checkpoint runs the layer in the first time, and when it is run again."""
         return nullcontext(), statistics_stay(self.template)
-
-    def train(self, mode: bool = True) -> 'ComputingLayer':
-        self.template.training = mode
-        return super().train(mode)
 
     @torch.no_grad()
     def to_block(self) -> nn.Module:
@@ -290,9 +377,13 @@ def set_step_(model: nn.Module, step: int, staggered: bool = True) -> None:
 
 def _tensor(block: nn.Module, name: str) -> Tensor:
     """A block's parameter, or the plain tensor that ``torch.func.functional_call`` put in its place."""
-    owner, slot = slot_of(block, name)
-    tensor = owner._parameters.get(slot)  # as a rule; getattr looks for everything else first
-    return getattr(owner, slot) if tensor is None else tensor
+    try:
+        owner, slot = slot_of(block, name)
+        tensor = owner._parameters.get(slot)  # as a rule; getattr looks for everything else first
+        return getattr(owner, slot) if tensor is None else tensor
+    except (KeyError, AttributeError):
+        raise RuntimeError(f'a kept {type(block).__name__} has lost its {name}, of which a replaced block\'s is made; '
+                           'materialize() the model before it is fused or changed in another way') from None
 
 
 def _save_shared_once(layer: ComputingLayer, state: dict, prefix: str, *_: Any) -> None:

@@ -106,8 +106,12 @@ def with_zero_gradients(out: Any, parameters: Iterable[Tensor]) -> Any:
         return out
     if isinstance(out, Tensor):
         return _WithZeroGradients.apply(out, *learning)
-    tensors, structure = tree_flatten(out)
-    return tree_unflatten([_WithZeroGradients.apply(tensors[0], *learning), *tensors[1:]], structure)
+    parts, structure = tree_flatten(out)
+    first = next((i for i, part in enumerate(parts) if isinstance(part, Tensor) and part.is_floating_point()), None)
+    if first is None:
+        return out
+    parts[first] = _WithZeroGradients.apply(parts[first], *learning)
+    return tree_unflatten(parts, structure)
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -48,7 +48,8 @@ def call_checked(cls: Callable, arguments: dict, setting: str) -> Any:
     for key in arguments:
         if key not in names:
             raise ValueError(f'{setting}: {cls.__name__} has no argument {key!r}; '
-                             f'allowed: {", ".join(names) or "none"}')
+                             f'allowed: {", ".join(names) or "none"}; if it is inherited from the settings of another '
+                             'type, add _delete_=True')
     for parameter in allowed:
         if parameter.default is parameter.empty and parameter.name not in arguments:
             raise ValueError(f'{setting}: {cls.__name__} needs the argument {parameter.name!r}')

@@ -10,6 +10,7 @@ from .chain import Chain, Choice, describe_replaceable, find_chains
 from .computing_layer import ComputingLayer, LayerSettings, computing_layers
 from .fusions import OwnWeights
 from .gradient import build_gradient
+from .initialisers import give_stand_ins_, remove_stand_ins_
 from .rebuild import drop_made_inputs_, keep_made_inputs_
 from .registry import FUSIONS, OPERATORS, PLANS, STARTS, build_setting
 from .report import ReplacementReport, describe_blocks, with_added
@@ -56,6 +57,7 @@ def replace_blocks_(model: nn.Module, replacement: Mapping[str, Any]) -> Replace
     report = plan.carry_out_(model, chains, settings)
     if not isinstance(settings.fusion, OwnWeights):
         add_pretrained_hook(model)
+        give_stand_ins_(model, chains)
     return replace(report, settings={key: repr(each) for key, each in dict(plan=plan, **settings._asdict()).items()})
 
 
@@ -175,5 +177,6 @@ def _make_plain_(model: nn.Module) -> dict[str, nn.Module]:
         model.get_submodule(parent)._modules[key] = block
     for module in model.modules():
         remove_pretrained_hook(module)
+        remove_stand_ins_(module)
         keep_made_inputs_(module)
     return blocks

@@ -49,6 +49,13 @@ class GatedBlock(nn.Module):
     replaced: ComputingLayer
     gate: Gate
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What a stage tells its blocks is for both of them."""
+        super().__setattr__(name, value)
+        replaced, mine = self._modules.get('replaced'), isinstance(value, (nn.Module, nn.Parameter, Gate))
+        if not (replaced is None or mine or name in vars(type(self)) or replaced.is_own(name)):
+            setattr(replaced, name, value)
+
     def _run_gated(self, method: str, *args: Any, **kwargs: Any) -> Any:
         gate = self.gate
         chosen = self._run_one(gate.replace, method, *args, **kwargs)

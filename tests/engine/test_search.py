@@ -562,6 +562,11 @@ def test_a_search_that_cannot_be_run_is_refused_before_anything_is_written(write
     assert complaint in refused(load_config(write(EPOCH_RUN), options, str(tmp_path / 'work')))
 
 
+def test_a_search_with_mmdetections_checkpoints_under_ddp_is_refused(write, tmp_path):
+    cfg = load_config(write(EPOCH_RUN), {'model.backbone.with_cp': True}, str(tmp_path / 'work'), launcher='pytorch')
+    assert 'mark a variable ready twice; set with_cp=False until the plan is found' in refused(cfg)
+
+
 @pytest.mark.parametrize(('length', 'complaint'), [
     ('iters=9', 'the search of 9 iters is longer than the run of 8 (train_cfg.max_iters); shorten it'),
     ('epochs=1', 'the training counts iterations, not epochs; give the search iters=...')])

@@ -107,6 +107,31 @@ def test_frozen_parameters_need_no_gradient(pair, learns, for_image):
     assert kept(model, image) == (image.numel() + model[0].weight.numel()) * 8
 
 
+def exchange_weight(conv: nn.Module) -> None:
+    conv.weight = nn.Parameter(conv.weight * 3, requires_grad=False)
+
+
+def write_to_data(conv: nn.Module) -> None:
+    conv.weight.data.mul_(3)
+    conv.train(conv.training)
+
+
+@pytest.mark.parametrize('change', [
+    lambda conv: conv.load_state_dict({'weight': conv.weight * 3}), exchange_weight, write_to_data, lambda conv: None])
+def test_what_is_frozen_is_folded_once_and_again_when_it_has_changed(pair, change):
+    model, image = pair().requires_grad_(False), picture().requires_grad_()
+    fold_norm_(model)
+    before = model(image).grad_fn._saved_weight
+    assert model(image).grad_fn._saved_weight.data_ptr() == before.data_ptr()
+    change(model[0])
+    copied = copy.deepcopy(model)
+    copied[0].weight.data.mul_(2)
+    for each in (model, copied.train().eval()):
+        actual = results(each, image)
+        unfold_norm_(each)
+        assert_equal(actual, results(each, image))
+
+
 def test_instead_of_what_lies_between_the_folded_weight_is_kept_and_nothing_more_is_computed(pair):
     def flops() -> int:
         return count_flops(lambda: model(image.clone().requires_grad_()).sum().backward())

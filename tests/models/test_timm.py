@@ -238,6 +238,7 @@ REFUSED = {
     'unknown_name': (dict(timm='convnext_tinny'), r"timm has no model 'convnext_tinny'; did you mean convnext_tiny,"),
     'unknown_name_like_no_other': (dict(timm='zzzqqq'), r"no model 'zzzqqq'; timm.list_models\('\*NAME\*'\) searches"),
     'unknown_tag': (dict(timm='resnet50.zz_in1k', **TINY), r'resnet50\.zz_in1k|zz_in1k.*resnet50'),
+    'features_only': (dict(timm='resnet50', features_only=True), 'leave features_only out.*out_indices says which'),
     'unknown_argument': (dict(timm='resnet50', widht=2), r"timm model resnet50: .*unexpected keyword argument 'widht'"),
     'out_indices': (dict(timm='resnet50', out_indices=(1, 5), **TINY),
                     r'out_indices \(1, 5\) has 5, but its 5 feature maps are 0 \(stride 2, 64 channels\), 1 '),

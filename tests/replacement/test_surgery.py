@@ -61,7 +61,8 @@ REFUSED = {
                           r"replacement\.plan: unknown type 'EveryNth'; allowed: .*Blocks.*EveryKth"),
     'plan_not_a_dict': (dict(plan=4), TypeError, r"replacement\.plan must be a dict such as .*, got 4"),
     'plan_unknown_argument': (dict(plan=dict(type='EveryKth', k=2, ofset=1)), ValueError,
-                              r"replacement\.plan: EveryKth has no argument 'ofset'; allowed: k, offset"),
+                              r"replacement\.plan: EveryKth has no argument 'ofset'; allowed: k, offset; if it is "
+                              'inherited from the settings of another type, add _delete_=True'),
     'plan_missing_argument': (dict(plan=dict(type='EveryKth')), ValueError,
                               r"replacement\.plan: EveryKth needs the argument 'k'"),
     'plan_wrong_k': (dict(plan=dict(type='EveryKth', k=1)), ValueError,

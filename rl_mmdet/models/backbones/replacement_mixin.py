@@ -1,14 +1,18 @@
 """The arguments that every RL backbone has: ``replacement``, ``fold_norm`` and ``transfer``."""
+import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from mmengine.logging import MessageHub, print_log
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..._torch_compat import is_compiling
 from ...folding import fold_norm_
-from ...replacement import ComputingLayer, ReplacementReport, replace_blocks_
+from ...replacement import ComputingLayer, ReplacementReport, computing_layers, replace_blocks_, stale_norms
 from ...replacement.registry import build_setting
 from ...search import TRANSFERS
 from ..layouts import add_layout_hook
@@ -62,7 +66,30 @@ def replace_in_backbone_(backbone: nn.Module, replacement: Mapping[str, Any]) ->
     Plans leave frozen stages alone, but some of mmdet's backbones freeze them no earlier than in ``train()``.
     """
     _freeze_stages_(backbone)
-    return replace_blocks_(backbone, replacement)
+    report = replace_blocks_(backbone, replacement)
+    backbone.register_forward_pre_hook(_warn_of_what_is_missing)
+    return report
+
+
+def _warn_of_what_is_missing(backbone: nn.Module, _: Any) -> None:
+    """Forward pre-hook: in the first step of MMEngine's training, log what the run lacks; then the hook is gone."""
+    if is_compiling() or not (backbone.training and torch.is_grad_enabled()):
+        return
+    hooks = backbone._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _warn_of_what_is_missing]:
+        del hooks[key]
+    layers = computing_layers(backbone).values()
+    lacks = {
+        'FitOutputsHook': any(layer.fit_wanted for layer in layers),
+        'RecalibrateNormsHook': bool(stale_norms(backbone)),
+        'LearningStepsHook': any(layer.turn is None and layer.gradient.every > 1 for layer in layers),
+        'optim_wrapper.constructor=RLOptimWrapperConstructor (or RLLayerDecayOptimWrapperConstructor), without which '
+        'weight decay pulls replaced blocks to zero': any(layer.learned and not layer.undecayed for layer in layers)}
+    missing = [name for name, is_missing in lacks.items() if is_missing]
+    if missing and MessageHub.get_current_instance().get_info('max_iters') is not None:
+        print_log(f'{type(backbone).__name__}: this training lacks {", ".join(missing)}; rl_mmdet\'s tools/train.py '
+                  'adds them, for another one put them into the config (custom_hooks, optim_wrapper)', 'current',
+                  logging.WARNING)
 
 
 def _freeze_stages_(backbone: nn.Module) -> None:

@@ -201,8 +201,6 @@ def _ready_to_fit(model: nn.Module, layers: Mapping[str, ComputingLayer]) -> Ite
     finally:
         for module, mode in modes:
             module.training = mode
-            if isinstance(module, ComputingLayer):
-                module.template.training = mode
         for layer, turn in turns:
             layer.turn = turn
 
