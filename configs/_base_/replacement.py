@@ -5,4 +5,5 @@ custom_hooks = [
     dict(type='RecalibrateNormsHook'),  # BatchNorm statistics of the new weights, before the first step
     dict(type='LearningStepsHook'),  # in which steps each replaced block learns
     dict(type='FiniteLossHook'),
+    dict(type='ResumeHook'),  # a resumed training is the same as one that was never interrupted
 ]

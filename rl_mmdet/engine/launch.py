@@ -1,4 +1,6 @@
 """Building a run, and ending a tool with one clear line instead of a traceback."""
+import errno
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -12,6 +14,8 @@ from mmengine.runner import Runner
 
 from .errors import UserError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Why a file can't be written at any time: the disk, a quota or a limit is full, or it became read-only."""
 
 def build_runner(cfg: Config, texts: Iterable[str] = ()) -> Runner:
     """Build the config's runner and put ``texts`` at the top of its log."""
@@ -34,21 +38,32 @@ def _start_cpu_processes_(cfg: Config) -> None:
 
 
 def tool(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a tool's ``main``: a UserError ends it with one line on stderr and exit status 1, Ctrl-C with 130.
+    """Decorate a tool's ``main``: a UserError or a full disk ends it with one line on stderr and exit status 1, Ctrl-C
+    with 130.
 
     Of several processes only the first prints. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks.
     """
     @wraps(main)
     def run() -> None:
+        status, together = 0, True
         try:
             main()
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()  # as PyTorch asks for before a process ends
-        except (UserError, KeyboardInterrupt) as error:
-            if os.environ.get('RL_MMDET_TRACEBACK') == '1':
+        except (UserError, KeyboardInterrupt, OSError) as error:
+            if os.environ.get('RL_MMDET_TRACEBACK') == '1' or getattr(error, 'errno', 0) not in (0, *NO_ROOM):
                 raise
             interrupted = isinstance(error, KeyboardInterrupt)
             if os.environ.get('RANK', '0') == '0':
-                sys.stderr.write('interrupted\n' if interrupted else f'error: {error}\n')
-            sys.exit(130 if interrupted else 1)
+                sys.stderr.write(f'interrupted {error}'.rstrip() + '\n' if interrupted else f'error: {error}\n')
+            status, together = (130, bool(error.args)) if interrupted else (1, False)
+        if together and torch.distributed.is_initialized():
+            _end_together()
+        if status:
+            sys.exit(status)
     return run
+
+
+def _end_together() -> None:
+    """End the group of torchrun's processes when all have come to their end, and nothing is left that uses it."""
+    torch.distributed.barrier()
+    gc.collect()  # DDP is in reference cycles; a group that outlives the interpreter's threads aborts the process
+    torch.distributed.destroy_process_group()

@@ -10,7 +10,6 @@ from typing import Any
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
 from ..datasets import DigitScenesDataset
@@ -197,10 +196,7 @@ def _pretrained_inits(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]
 
 def _first_checkpoint(cfg: Config) -> tuple[str, str | None]:
     """The setting because of which a run begins with a checkpoint, and the checkpoint's path, or None."""
-    path = cfg.get('load_from')
-    if not cfg.get('resume'):
-        return 'load_from', path
-    return 'resume', path or (find_latest_checkpoint(cfg.work_dir) if osp.isdir(cfg.work_dir) else None)
+    return 'resume' if cfg.get('resume') else 'load_from', cfg.get('load_from')
 
 
 def _without_classes(error: Exception) -> str:

@@ -12,7 +12,6 @@ from rl_mmdet.engine import (
     check_training,
     inspect_training,
     load_config,
-    resume_checkpoint,
 )
 
 BASELINE = 'atss_r34_fpn_digits.py'
@@ -92,18 +91,6 @@ def test_load_from_another_architecture_is_refused_before_anything_is_written(ti
     with pytest.raises(UserError, match='^load_from: .*other.pth'):
         check_training(tiny(f"load_from = '{tmp_path}/other.pth'"))
     assert not (tmp_path / 'work').exists()
-
-
-def test_a_run_is_resumed_from_the_named_checkpoint_or_the_latest(tiny, tmp_path):
-    cfg = tiny("load_from = 'named.pth'")
-    assert resume_checkpoint(cfg) is None
-    cfg.resume = True
-    assert resume_checkpoint(cfg) == 'named.pth'
-    cfg.load_from = None
-    assert resume_checkpoint(cfg) is None
-    (tmp_path / 'work').mkdir()
-    (tmp_path / 'work' / 'last_checkpoint').write_text('latest.pth')
-    assert resume_checkpoint(cfg) == 'latest.pth'
 
 
 def test_testing_takes_the_models_own_checkpoint_and_refuses_a_baselines(tiny, tmp_path):
