@@ -19,16 +19,17 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
-    if args.resume:
-        options.set_resume_(cfg, args.resume)
+    texts = engine.begin_or_resume_(cfg, args.resume, args.allow_pickle)
     engine.take_found_(cfg, engine.resume_checkpoint(cfg), args.allow_pickle)
     engine.add_rl_defaults_(cfg)
     if args.amp:
         options.enable_amp_(cfg)
     if args.auto_scale_lr:
         options.enable_auto_scale_lr_(cfg)
-    texts = engine.check_training(cfg, ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle)
-    engine.build_runner(cfg, texts).train()
+    texts += engine.check_training(cfg, ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle)
+    runner = engine.build_runner(cfg, texts)
+    with engine.saved_when_stopped(runner):
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -9,18 +9,23 @@ from .hooks import (
     LearningStepsHook,
     LogCoefficientsHook,
     RecalibrateNormsHook,
+    ResumeHook,
     SearchHook,
+    WholeCheckpointHook,
 )
+from .interrupt import saved_when_stopped
 from .launch import build_runner, tool
 from .optim import RLLayerDecayOptimWrapperConstructor, RLOptimWrapperConstructor
 from .preflight import build_model, check_testing, check_training, inspect_training, resume_checkpoint
 from .reading import read_checkpoint, safe_reading
+from .resume import begin_or_resume_, checkpoints_in
 from .search import take_found_
 
 __all__ = [
     'FiniteLossHook', 'FitOutputsHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
-    'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'SearchHook',
-    'UserError', 'add_rl_defaults_', 'build_model', 'build_runner', 'check_testing',
-    'check_training', 'checkpoint_arguments', 'config_arguments', 'inspect_training', 'load_checkpoint_',
-    'load_config', 'read_checkpoint', 'resume_checkpoint', 'run_arguments', 'safe_reading', 'take_found_', 'tool',
+    'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'ResumeHook',
+    'SearchHook', 'UserError', 'WholeCheckpointHook', 'add_rl_defaults_', 'begin_or_resume_', 'build_model',
+    'build_runner', 'check_testing', 'check_training', 'checkpoint_arguments', 'checkpoints_in', 'config_arguments',
+    'inspect_training', 'load_checkpoint_', 'load_config', 'read_checkpoint', 'resume_checkpoint', 'run_arguments',
+    'safe_reading', 'saved_when_stopped', 'take_found_', 'tool',
 ]

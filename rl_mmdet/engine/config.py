@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import CheckpointHook
 from mmengine.hub import get_config
 from mmengine.registry import Registry
 
@@ -50,18 +51,22 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
 def add_rl_defaults_(cfg: Config) -> Config:
     """Add, where they are absent, the hooks and the optimizer-wrapper constructor that RL training needs.
 
-    Every config gets ``FiniteLossHook``. One with a ``replacement`` also gets ``FitOutputsHook``,
-    ``RecalibrateNormsHook``, ``LearningStepsHook``, ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place
-    of MMEngine's default constructor; another constructor stays. One that searches gets ``SearchHook``, and where it
-    searches for a plan DDP is told that a step doesn't use all parameters.
+    Every config gets ``FiniteLossHook`` and ``ResumeHook``, and ``WholeCheckpointHook`` for MMEngine's hook. One with a
+    ``replacement`` also gets ``FitOutputsHook``, ``RecalibrateNormsHook``, ``LearningStepsHook``,
+    ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default constructor; another
+    constructor stays. One that searches gets ``SearchHook``, and where it searches for a plan DDP is told that a step
+    doesn't use all parameters.
     """
     hooks = list(cfg.get('custom_hooks') or [])
-    wanted = ['FiniteLossHook']
+    wanted = ['FiniteLossHook', 'ResumeHook']
     if uses_replacement(cfg):
         wanted += ['FitOutputsHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
         wrapper = cfg.get('optim_wrapper')
         if wrapper is not None and wrapper.get('constructor') in (None, 'DefaultOptimWrapperConstructor'):
             wrapper.constructor = CONSTRUCTOR
+    checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if checkpoint.get('type') in ('CheckpointHook', CheckpointHook):
+        checkpoint.type = 'WholeCheckpointHook'
     present = {hook.get('type') for hook in hooks if isinstance(hook, Mapping)}
     cfg.custom_hooks = hooks + [ConfigDict(type=name) for name in wanted if name not in present]
     keys = [key for _, key in searches_of(cfg)]

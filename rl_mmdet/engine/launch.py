@@ -1,4 +1,6 @@
 """Building a run, and ending a tool with one clear line instead of a traceback."""
+import errno
+import gc
 import os
 import sys
 from argparse import Namespace
@@ -15,6 +17,9 @@ from torch import nn
 from ..models.layouts import take_wrapped_
 from .errors import UserError, printable
 from .reading import safe_reading
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Why a file can't be written at any time: the disk, a quota or a limit is full, or it became read-only."""
 
 
 def build_runner(cfg: Config, texts: Iterable[str] = ()) -> Runner:
@@ -42,25 +47,36 @@ def _start_cpu_processes_(cfg: Config) -> None:
 def tool(parse_args: Callable[[], Namespace]) -> Callable[[Callable[[Namespace], None]], Callable[[], None]]:
     """Decorate a tool's ``main``, which gets what ``parse_args`` returns.
 
-    A UserError ends it with one line on stderr and exit status 1, Ctrl-C with 130; of several processes only the first
-    prints. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks. No file that is read runs code
+    A UserError or a full disk ends it with one line on stderr and exit status 1, Ctrl-C with 130; of several processes
+    only the first prints. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks. No file that is read runs code
     (:func:`~rl_mmdet.engine.safe_reading`), unless the arguments have ``allow_pickle``.
     """
     def decorate(main: Callable[[Namespace], None]) -> Callable[[], None]:
         @wraps(main)
         def run() -> None:
+            status, together = 0, True
             try:
                 args = parse_args()
                 with safe_reading(getattr(args, 'allow_pickle', False)):
                     main(args)
-                if torch.distributed.is_initialized():
-                    torch.distributed.destroy_process_group()  # as PyTorch asks for before a process ends
-            except (UserError, KeyboardInterrupt) as error:
-                if os.environ.get('RL_MMDET_TRACEBACK') == '1':
+            except (UserError, KeyboardInterrupt, OSError) as error:
+                if os.environ.get('RL_MMDET_TRACEBACK') == '1' or getattr(error, 'errno', 0) not in (0, *NO_ROOM):
                     raise
                 interrupted = isinstance(error, KeyboardInterrupt)
                 if os.environ.get('RANK', '0') == '0':
-                    sys.stderr.write('interrupted\n' if interrupted else f'error: {printable(str(error))}\n')
-                sys.exit(130 if interrupted else 1)
+                    text = printable(str(error))
+                    sys.stderr.write(f'interrupted {text}'.rstrip() + '\n' if interrupted else f'error: {text}\n')
+                status, together = (130, bool(error.args)) if interrupted else (1, False)
+            if together and torch.distributed.is_initialized():
+                _end_together()
+            if status:
+                sys.exit(status)
         return run
     return decorate
+
+
+def _end_together() -> None:
+    """End the group of torchrun's processes when all have come to their end, and nothing is left that uses it."""
+    torch.distributed.barrier()
+    gc.collect()  # DDP is in reference cycles; a group that outlives the interpreter's threads aborts the process
+    torch.distributed.destroy_process_group()

@@ -28,12 +28,6 @@ def enable_auto_scale_lr_(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def set_resume_(cfg: Config, checkpoint: str) -> None:
-    """``--resume [FILE]``: go on from ``FILE``, or for ``'auto'`` from the latest checkpoint in the work dir."""
-    cfg.resume = True
-    cfg.load_from = None if checkpoint == 'auto' else checkpoint
-
-
 def enable_visualization_(cfg: Config, args: argparse.Namespace) -> None:
     """``--show`` and ``--show-dir``, through MMDetection's visualisation hook."""
     try:

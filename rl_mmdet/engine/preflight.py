@@ -10,7 +10,6 @@ from typing import Any
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
 from ..datasets import DigitScenesDataset
@@ -20,7 +19,7 @@ from ..replacement.start import LoadReport
 from .checkpoint import load_checkpoint_
 from .config import nested_dicts
 from .errors import UserError
-from .reading import read_checkpoint, safe_reading
+from .reading import safe_reading
 from .search import check_search, searched_module
 
 IMAGE_FOLDERS = ('ImageNet', 'CustomDataset')
@@ -62,8 +61,10 @@ def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pick
     if path:
         with _named(setting):
             reports[f'{setting}={path}'] = load_checkpoint_(model, path, **options)
-            if setting == 'resume':
-                _check_resumable(path, reports[f'resume={path}'], allow_pickle)
+            if setting == 'resume' and reports[f'resume={path}'].fits:
+                raise UserError(f"{path} is a baseline's, whose blocks are replaced here, so no training can be "
+                                'resumed from it; to start from its weights, leave out --resume and use --cfg-options '
+                                f'load_from={path}')
     if not (path and setting == 'resume'):
         _check_start(model, [report for report in reports.values() if isinstance(report, LoadReport)])
     return [f'{title}:\n{report}' for title, report in reports.items()]
@@ -200,17 +201,6 @@ def _check_start(model: nn.Module, loaded: Sequence[LoadReport]) -> None:
                         "model's own, which has none; load a baseline's, or set start.fade=0 to train on from it")
 
 
-def _check_resumable(path: str, report: LoadReport, allow_pickle: bool) -> None:
-    """Raise a UserError if a checkpoint has weights to start from, and no training of this model that could go on."""
-    checkpoint = read_checkpoint(path, allow_pickle)
-    meta = checkpoint.get('meta')
-    known = isinstance(meta, Mapping) and {'epoch', 'iter'} <= meta.keys() and 'message_hub' in checkpoint
-    if report.fits or not known:
-        kind = "is a baseline's, whose blocks are replaced here" if report.fits else 'has weights alone'
-        raise UserError(f'{path} {kind}, so no training can be resumed from it; to start from its weights, leave out '
-                        f'--resume and use --cfg-options load_from={path}')
-
-
 def _pretrained_inits(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The ``init_cfg`` of every module that loads a checkpoint, with the module's name."""
     for name, module in model.named_modules():
@@ -222,10 +212,7 @@ def _pretrained_inits(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]
 
 def _first_checkpoint(cfg: Config) -> tuple[str, str | None]:
     """The setting because of which a run begins with a checkpoint, and the checkpoint's path, or None."""
-    path = cfg.get('load_from')
-    if not cfg.get('resume'):
-        return 'load_from', path
-    return 'resume', path or (find_latest_checkpoint(cfg.work_dir) if osp.isdir(cfg.work_dir) else None)
+    return 'resume' if cfg.get('resume') else 'load_from', cfg.get('load_from')
 
 
 def _without_classes(error: Exception) -> str:

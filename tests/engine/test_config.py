@@ -51,18 +51,21 @@ val_evaluator = dict(ann_file=data_root + 'annotations/val.json', outfile_prefix
     assert cfg.val_evaluator == dict(ann_file='/elsewhere/annotations/val.json', outfile_prefix='./work/data/coco/x')
 
 
-OF_REPLACED = ['FiniteLossHook', 'FitOutputsHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
+OF_ALL = ['FiniteLossHook', 'ResumeHook']
+OF_REPLACED = [*OF_ALL, 'FitOutputsHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
 
 
 @pytest.mark.parametrize(('replacement', 'given', 'hooks', 'constructor'), [
     (dict(plan=dict(type='EveryKth', k=2)), None, ['Other', *OF_REPLACED], 'RLOptimWrapperConstructor'),
     (dict(plan=dict(type='EveryKth', k=2)), 'LayerDecay', ['Other', *OF_REPLACED], 'LayerDecay'),
-    (None, None, ['Other', 'FiniteLossHook'], None),
+    (None, None, ['Other', *OF_ALL], None),
 ], ids=['replaced', 'with another constructor', 'baseline'])
 def test_defaults_are_added_once_to_what_needs_them(replacement, given, hooks, constructor):
     cfg = Config(dict(model=dict(backbone=dict(type='RLResNet', replacement=replacement)),
-                      optim_wrapper=dict(constructor=given), custom_hooks=[dict(type='Other')]))
+                      optim_wrapper=dict(constructor=given), custom_hooks=[dict(type='Other')],
+                      default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=2))))
     for _ in range(2):
         add_rl_defaults_(cfg)
         assert [hook.type for hook in cfg.custom_hooks] == hooks
         assert cfg.optim_wrapper.constructor == constructor
+        assert cfg.default_hooks.checkpoint == dict(type='WholeCheckpointHook', interval=2)

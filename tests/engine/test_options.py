@@ -28,14 +28,6 @@ def test_auto_scale_lr_needs_a_base_batch_size():
     assert cfg.auto_scale_lr.enable
 
 
-@pytest.mark.parametrize(('given', 'load_from'), [('auto', None), ('epoch_3.pth', 'epoch_3.pth')])
-def test_resume_sets_where_to_go_on_from(given, load_from):
-    cfg = Config(dict(load_from='baseline.pth'))
-    options.set_resume_(cfg, given)
-    assert cfg.resume
-    assert cfg.load_from == load_from
-
-
 def test_tta_wraps_model_and_pipeline(tiny_config):
     cfg = load_config(tiny_config())
     options.enable_tta_(cfg)

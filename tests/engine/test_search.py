@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rl_mmdet.engine import (
     UserError,
     add_rl_defaults_,
+    begin_or_resume_,
     build_model,
     build_runner,
     check_testing,
@@ -35,7 +36,6 @@ from rl_mmdet.engine import (
     take_found_,
 )
 from rl_mmdet.engine.hooks import SearchHook
-from rl_mmdet.engine.options import set_resume_
 from rl_mmdet.replacement import computing_layers
 
 WORLD = 2
@@ -146,7 +146,7 @@ def start(config: str, work: Path | str, resume: str | None = None, hooks: tuple
     options = {key.replace('__', '.'): value for key, value in options.items()}
     cfg = load_config(config, options | named(), str(work))
     if resume:
-        set_resume_(cfg, resume)
+        begin_or_resume_(cfg, resume)
     take_found_(cfg, resume_checkpoint(cfg))
     runner = build_runner(add_rl_defaults_(cfg))
     for hook in hooks:
@@ -586,7 +586,7 @@ def test_two_learned_plans_are_refused(write, tmp_path):
 
 
 def test_resuming_what_has_no_search_is_refused(write, tmp_path, pretrained):
-    checkpoint = read_checkpoint(str(pretrained)) | dict(meta=dict(epoch=1, iter=3))
+    checkpoint = read_checkpoint(str(pretrained)) | dict(meta=dict(epoch=1, iter=3), message_hub={})
     torch.save(checkpoint, tmp_path / 'baseline.pth')
     runner = start(write(EPOCH_RUN), tmp_path / 'work', resume=str(tmp_path / 'baseline.pth'))
     with pytest.raises(UserError, match=r'^resume: the checkpoint has no state of a search.*load_from') as caught:

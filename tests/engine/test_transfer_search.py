@@ -13,6 +13,7 @@ from rl_mmdet.deploy import apply_delta, save_delta
 from rl_mmdet.engine import (
     UserError,
     add_rl_defaults_,
+    begin_or_resume_,
     build_model,
     build_runner,
     check_testing,
@@ -22,7 +23,6 @@ from rl_mmdet.engine import (
     resume_checkpoint,
     take_found_,
 )
-from rl_mmdet.engine.options import set_resume_
 
 EPOCHS = 4
 TRANSFER = '''
@@ -73,7 +73,7 @@ def start(config, work, resume=None, **options):
     name = f'transfer_{os.getpid()}_{next(names)}'
     cfg = load_config(config, options | {'experiment_name': name, 'visualizer.name': name}, str(work))
     if resume:
-        set_resume_(cfg, resume)
+        begin_or_resume_(cfg, resume)
     take_found_(cfg, resume_checkpoint(cfg))
     return build_runner(add_rl_defaults_(cfg))
 

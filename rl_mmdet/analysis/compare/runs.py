@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from ...engine import UserError
+from ...engine import UserError, checkpoints_in
 from ...engine.files import read_record, write_text
 from ..training_run import end_with_parent, run_training
 from .coco_scores import Matches, Scores, score_detections
@@ -160,8 +160,7 @@ def matches_of(run: Run, metric: str) -> Matches:
 
 def checkpoint_of(run: Run) -> Path | None:
     """The last checkpoint, if there is one."""
-    marker = run.folder / 'last_checkpoint'
-    return Path(marker.read_text().strip()) if marker.is_file() else None
+    return next(iter(checkpoints_in(run.folder)), None)
 
 
 def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress') -> dict[str, Scores]:

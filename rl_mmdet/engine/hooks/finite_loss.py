@@ -26,9 +26,9 @@ class FiniteLossHook(Hook):
         losses = {name: _number(value) for name, value in (outputs or {}).items()}
         bad = [f'{name}={value}' for name, value in losses.items() if value is not None and not math.isfinite(value)]
         if bad:
-            raise NonFiniteLossError(f'iteration {runner.iter + 1}: {", ".join(bad)}; nothing was saved. Lower the '
-                                     'learning rate, lengthen the warm-up or clip gradients '
-                                     '(optim_wrapper.clip_grad), then --resume from the last checkpoint')
+            raise NonFiniteLossError(f'iteration {runner.iter + 1}: {", ".join(bad)}; nothing was saved. Go on from '
+                                     'the last checkpoint with a lower learning rate, --resume --cfg-options '
+                                     'optim_wrapper.optimizer.lr=LR, or clip gradients (optim_wrapper.clip_grad)')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         bad = [name for name, tensor in checkpoint['state_dict'].items()
