@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .errors import UserError
+from .errors import UserError, show
 
 
 def build_runner(cfg: Config, texts: Iterable[str] = ()) -> Runner:
@@ -36,7 +36,7 @@ def _start_cpu_processes_(cfg: Config) -> None:
 def tool(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a tool's ``main``: a UserError ends it with one line on stderr and exit status 1, Ctrl-C with 130.
 
-    Of several processes only the first prints. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks.
+    Of several processes each that fails says so. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks.
     """
     @wraps(main)
     def run() -> None:
@@ -48,7 +48,6 @@ def tool(main: Callable[[], None]) -> Callable[[], None]:
             if os.environ.get('RL_MMDET_TRACEBACK') == '1':
                 raise
             interrupted = isinstance(error, KeyboardInterrupt)
-            if os.environ.get('RANK', '0') == '0':
-                sys.stderr.write('interrupted\n' if interrupted else f'error: {error}\n')
+            show('interrupted' if interrupted else f'error: {error}')
             sys.exit(130 if interrupted else 1)
     return run
