@@ -76,11 +76,10 @@ def _folded(backbone: nn.Module) -> str:
 
 
 def _rehearse(cfg: Config, model: nn.Module, *phases: str) -> None:
-    """Check the data of some phases and :func:`rehearse` them, in one process of each machine."""
+    """Check the data of some phases and :func:`rehearse` them."""
     for phase in phases:
         check_data(cfg, phase)
-    if os.environ.get('LOCAL_RANK', '0') == '0':
-        rehearse(cfg, model, *phases)
+    rehearse(cfg, model, *phases)
 
 
 def check_testing(cfg: Config, checkpoint: str, *, allow_pickle: bool = False) -> None:

@@ -104,7 +104,7 @@ class SmallData:
             DATASETS, node.get('type'))
         if path not in self.files:
             content = read_annotations(path, must=isinstance(cls, type) and issubclass(cls, CocoDataset))
-            if content is None and not path.endswith(('.txt', '.odgt')):
+            if node.get('proposal_file') or content is None and not path.endswith(('.txt', '.odgt')):
                 return False
             if content is None:
                 lines = Path(path).read_text(encoding='utf-8').splitlines(keepends=True)

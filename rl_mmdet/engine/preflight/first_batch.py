@@ -16,9 +16,10 @@ from ..config import nested_dicts
 from ..errors import UserError
 from .data import Lengthened, SmallData
 from .guard import ELSEWHERE, find_class, parameters_of, quiet, reason_of
+from .model import pretrained_inits
 
-SIDE = 224
-"""Side in pixels of the images that the detector sees."""
+SIDES = 224, 416, None
+"""Of the images that the detector sees, in pixels; None for the run's own size. Small maps don't do for all heads."""
 SAMPLERS = ('DefaultSampler', 'InfiniteSampler')
 """Those that need no more than a data set's length."""
 
@@ -74,7 +75,7 @@ def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[di
     Raises:
         UserError: the detector fails, with small images and with the run's own.
     """
-    for side in (SIDE, None):
+    for side in SIDES:
         try:
             with quiet(), torch.no_grad():
                 loader = small_loader(Config(cfg._cfg_dict.to_dict()), f'{phase}_dataloader', small, side)
@@ -87,6 +88,18 @@ def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[di
                 return None
             failed = error
     raise UserError(_why(failed, model)) from failed
+
+
+def initialise_(model: nn.Module) -> None:
+    """Give all of a detector but its backbones, which take long, weights that training can begin with."""
+    for parameter in model.parameters():  # some are only allocated so far
+        parameter.data.nan_to_num_(0).clamp_(-1, 1)
+    for name, _ in pretrained_inits(model):
+        model.get_submodule(name).init_cfg = None
+    for name, module in model.named_modules():
+        if name.endswith('backbone'):
+            module.init_weights = lambda: None
+    model.init_weights()
 
 
 def check_classes(model: nn.Module, loader: DataLoader, setting: str) -> None:
@@ -118,7 +131,7 @@ def _why(error: Exception, model: nn.Module) -> str:
         wanted = given = getattr(getattr(module, 'neck', None), 'in_channels', None)
         if isinstance(wanted, (list, tuple)) and hasattr(module, 'backbone'):
             with suppress(Exception), torch.no_grad():  # it may be what fails
-                given = [one.shape[1] for one in module.backbone(torch.zeros(2, 3, SIDE, SIDE))]
+                given = [one.shape[1] for one in module.backbone(torch.zeros(2, 3, SIDES[0], SIDES[0]))]
             if list(wanted) != list(given):
                 prefix = f'model.{name}.'.replace('..', '.')
                 return (f'{prefix}neck.in_channels={list(wanted)}, but {prefix}backbone gives {len(given)} maps with '
@@ -130,4 +143,4 @@ def _why(error: Exception, model: nn.Module) -> str:
     return f'{".".join(["model", *inside[-1:]]).rstrip(".")}: {reason_of(error)}'
 
 
-HEADS = ('bbox_head', 'mask_head', 'panoptic_head', 'panoptic_fusion_head', 'rpn_head')
+HEADS = ('bbox_head', 'mask_head', 'panoptic_head', 'panoptic_fusion_head')

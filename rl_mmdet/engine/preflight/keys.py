@@ -38,7 +38,7 @@ def check_keys(cfg: Config) -> list[str]:
         if of_model and not any(key in node and node[key] == cfg[key] for node in nested_dicts(model)):
             raise UserError(f'{key}: nobody reads it here; write '
                             f'model=dict({f"backbone=dict({key}=...)" if key in OF_BACKBONES else f"{key}=..."})')
-        if key in unread and close(key, READ, .85):
+        if key in unread and close(key, READ - {'tta_model', 'tta_pipeline'}, .85):
             raise UserError(f'{key}: nobody reads it{meant(key, READ)}')
     for place in COUNTS:
         section, name = place.split('.')

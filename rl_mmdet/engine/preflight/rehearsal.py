@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .data import Lengthened, SmallData
-from .first_batch import check_classes, see, small_loader
+from .first_batch import check_classes, initialise_, see, small_loader
 from .guard import built, find_class
 from .schedule import check_step
 
@@ -49,6 +49,7 @@ def rehearse(cfg: Config, model: nn.Module, *phases: str) -> None:
             for setting, build in PARTS.items():
                 if cfg.get(setting) is not None:
                     built(cfg, setting, lambda cfg, build=build: build(new(cfg)))
+        built(cfg, 'model', lambda cfg: initialise_(model))
         for phase in phases:
             seen = see(cfg, phase, model, small) if isinstance(loaders[phase].dataset, Lengthened) else None
             for part, build in (('evaluator', partial(_evaluate, seen=seen)), ('cfg', _build_loop)):
