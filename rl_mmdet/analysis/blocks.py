@@ -40,7 +40,7 @@ def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool =
         residual = residuals.get(row.name)
         table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}',
                       f'[bold]{describe_state(row)}[/]' if row.replaced else describe_state(row),
-                      ', '.join((row.before, row.after, *row.others)) if row.replaced else '',
+                      ', '.join(name for name in (row.before, row.after, *row.others) if name) if row.replaced else '',
                       '' if residual is None else f'{residual:.3f}',
                       _note(row))
     return table

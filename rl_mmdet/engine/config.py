@@ -14,6 +14,17 @@ from .errors import UserError, first_line
 
 LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
 CONSTRUCTOR = 'RLOptimWrapperConstructor'
+KINDS = {
+    (Mapping,): ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg', 'val_cfg', 'test_cfg',
+                 'optim_wrapper', 'default_hooks', 'randomness', 'env_cfg', 'auto_scale_lr', 'visualizer',
+                 'log_processor', 'model_wrapper_cfg'),
+    (list, tuple): ('custom_hooks',),
+    (Mapping, list, tuple): ('param_scheduler', 'val_evaluator', 'test_evaluator'),
+    (Mapping, bool): ('compile',),
+    (bool,): ('resume', 'find_unused_parameters'),
+    (str,): ('work_dir', 'load_from', 'experiment_name', 'default_scope'),
+}
+"""What the top-level settings may be, beside None."""
 
 
 def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: str | None = None,
@@ -30,7 +41,8 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
 
     Raises:
-        UserError: the file can't be read or parsed, or an option doesn't fit it.
+        UserError: the file can't be read or parsed, an option doesn't fit it, or a top-level setting is of another
+            kind than MMEngine takes.
     """
     try:
         cfg = get_config(path) if '::' in path else Config.fromfile(path)
@@ -43,6 +55,13 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
         raise UserError(f'--cfg-options: {first_line(error)}') from error
     if options and 'data_root' in options:
         _move_data_root_(cfg, old_root, str(options['data_root']))
+    for kinds, names in KINDS.items():
+        for name in names:
+            if cfg.get(name) is not None and not isinstance(cfg[name], kinds):
+                allowed = ' or '.join('dict' if kind is Mapping else kind.__name__ for kind in kinds)
+                raise UserError(f'{name} must be a {allowed}, got {cfg[name]!r}')
+    if cfg.get('launcher') not in (None, 'none', 'pytorch', 'slurm', 'mpi'):
+        raise UserError(f'launcher: the option --launcher says it; the config has {cfg.launcher!r}')
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or osp.join('work_dirs', osp.splitext(osp.basename(path))[0])
     return cfg
@@ -118,10 +137,10 @@ def _move_data_root_(cfg: Config, old: str | None, new: str) -> None:
     if not old:
         raise UserError('--cfg-options data_root=...: the config has no top-level data_root to move; set the '
                         "datasets' own data_root instead")
-    new = osp.join(osp.expanduser(new), '')
+    new, old = osp.join(osp.expanduser(new), ''), osp.join(old, '')
     cfg.data_root = new
     for key in LOADERS_AND_EVALUATORS:
         for node in nested_dicts(cfg.get(key) or {}):
             for name, value in node.items():
-                if isinstance(value, str) and value.startswith(old):
+                if isinstance(value, str) and osp.join(value, '').startswith(old):
                     node[name] = new + value[len(old):].lstrip('/')

@@ -1,4 +1,8 @@
 """Errors that the user can mend; a tool shows them as one line without traceback."""
+import json
+import os
+import sys
+import time
 
 
 class UserError(Exception):
@@ -7,6 +11,22 @@ class UserError(Exception):
 
 class NonFiniteLossError(UserError):
     """Training met a loss or a weight that isn't finite."""
+
+
+def show(line: str) -> None:
+    """Write a line to stderr, with the rank where there are several processes, and let torchrun end with it, too.
+
+    Control characters are spelled out. torchrun prints some forty lines when a process fails; the last of them show
+    what stands in its error file.
+    """
+    line = printable(line)
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        line = f'[rank {os.environ.get("RANK", "?")}] {line}'
+    sys.stderr.write(f'{line}\n')
+    file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if file:
+        with open(file, 'w', encoding='utf-8') as out:
+            json.dump(dict(message=dict(message=line, extraInfo=dict(timestamp=str(int(time.time()))))), out)
 
 
 def first_line(error: BaseException) -> str:

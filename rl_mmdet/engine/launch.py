@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..models.layouts import take_wrapped_
-from .errors import UserError, printable
+from .errors import UserError, show
 from .reading import safe_reading
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -48,8 +48,8 @@ def tool(parse_args: Callable[[], Namespace]) -> Callable[[Callable[[Namespace],
     """Decorate a tool's ``main``, which gets what ``parse_args`` returns.
 
     A UserError or a full disk ends it with one line on stderr and exit status 1, Ctrl-C with 130; of several processes
-    only the first prints. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks. No file that is read runs code
-    (:func:`~rl_mmdet.engine.safe_reading`), unless the arguments have ``allow_pickle``.
+    each that fails says so. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks. No file that is read runs
+    code (:func:`~rl_mmdet.engine.safe_reading`), unless the arguments have ``allow_pickle``.
     """
     def decorate(main: Callable[[Namespace], None]) -> Callable[[], None]:
         @wraps(main)
@@ -63,9 +63,7 @@ def tool(parse_args: Callable[[], Namespace]) -> Callable[[Callable[[Namespace],
                 if os.environ.get('RL_MMDET_TRACEBACK') == '1' or getattr(error, 'errno', 0) not in (0, *NO_ROOM):
                     raise
                 interrupted = isinstance(error, KeyboardInterrupt)
-                if os.environ.get('RANK', '0') == '0':
-                    text = printable(str(error))
-                    sys.stderr.write(f'interrupted {text}'.rstrip() + '\n' if interrupted else f'error: {text}\n')
+                show(f'interrupted {error}'.rstrip() if interrupted else f'error: {error}')
                 status, together = (130, bool(error.args)) if interrupted else (1, False)
             if together and torch.distributed.is_initialized():
                 _end_together()

@@ -36,9 +36,9 @@ class SearchSchedule:
         if not is_pair(self.temperature):
             raise ValueError(f'temperature must be two numbers above 0, got {self.temperature!r}')
         for value in self.temperature:
-            check_number('temperature', value, above=0)
-        check_number('lr', self.lr, above=0)
-        check_number('seed', self.seed, whole=True, least=0)
+            check_number('temperature', value, least=0.001)
+        check_number('lr', self.lr, above=0, most=100)
+        check_number('seed', self.seed, whole=True, least=0, below=2**63)
 
     def steps(self, run: int, per_epoch: int | None) -> int:
         """Length of the search in iterations.

@@ -78,7 +78,7 @@ def test_dist_train_trains_in_two_processes_without_a_gpu(tiny_config, tmp_path)
 
 def test_train_stops_at_a_non_finite_loss_and_saves_nothing(run_tool, tiny_config):
     config = tiny_config(more="optim_wrapper = dict(clip_grad=None, optimizer=dict(_delete_=True, type='SGD', "
-                              "lr=1e30))\nparam_scheduler = None\ndefault_hooks = dict(checkpoint=dict("
+                              "lr=1000))\nparam_scheduler = None\ndefault_hooks = dict(checkpoint=dict("
                               "by_epoch=False, interval=1))")
     status, output = run_tool('train')(config, '--work-dir', 'work', '--cfg-options', 'experiment_name=diverge')
     assert status == 1

@@ -11,6 +11,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from ...replacement import computing_layers
+from ...replacement.checks import check_number
 from ...search import LearnedPlan, Search, begin_search, searched_setting
 from ..config import set_unused_
 from ..detectors import plain_model
@@ -45,7 +46,7 @@ class SearchHook(Hook):
     priority = 'HIGH'
 
     def __init__(self, interval: int = 50, find_unused_parameters: bool = False, found: dict | None = None) -> None:
-        self.interval = interval
+        self.interval = check_number('SearchHook: interval', interval, whole=True, least=1)
         self.find_unused_parameters = find_unused_parameters
         self.search: Search | None = None
         self.found = found.to_dict() if isinstance(found, ConfigDict) else found

@@ -50,9 +50,11 @@ def apply_settings_(backbone: nn.Module, replacement: Mapping[str, Any] | None, 
     """Carry out the arguments of :class:`ReplacementMixin` on a backbone that is built.
 
     Raises:
-        ValueError: a replacement or a transfer that doesn't fit the backbone; ``fold_norm`` with ``norm_eval=False``,
-            or where there is nothing to fold.
+        ValueError: a replacement or a transfer that doesn't fit the backbone; ``fold_norm`` that isn't a truth value,
+            with ``norm_eval=False``, or where there is nothing to fold.
     """
+    if not isinstance(fold_norm, bool):
+        raise ValueError(f'fold_norm must be True or False, got {fold_norm!r}')
     backbone.replacement_report = None if replacement is None else replace_in_backbone_(backbone, replacement)
     if fold_norm:
         _fold_norm_in_backbone_(backbone)

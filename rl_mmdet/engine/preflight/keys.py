@@ -1,0 +1,87 @@
+"""Settings that nobody reads, and values that nobody would complain about."""
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from ..config import nested_dicts
+from ..errors import UserError
+from .guard import at, close, meant, places_in
+
+READ = {*inspect.signature(Runner.__init__).parameters, 'activation_checkpointing', 'compile', 'custom_imports',
+        'efficient_conv_bn_eval', 'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn',
+        'tta_model', 'tta_pipeline'} - {'self', 'cfg'}
+"""The top-level settings that a run reads; others are variables for these."""
+OF_BACKBONES = ('replacement', 'fold_norm', 'transfer')
+COUNTS = ('train_cfg.max_epochs', 'train_cfg.max_iters', 'train_cfg.val_interval', 'train_dataloader.batch_size',
+          'val_dataloader.batch_size', 'test_dataloader.batch_size', 'auto_scale_lr.base_batch_size')
+"""Settings that must be integers of at least 1."""
+
+
+def check_keys(cfg: Config) -> list[str]:
+    """Check top-level keys, counts, and texts that spell a truth value.
+
+    Returns:
+        The top-level settings that neither a run nor another setting uses.
+
+    Raises:
+        UserError: such a setting is a misspelt one, or one that belongs elsewhere; or a value is of the wrong kind.
+    """
+    used = [cfg[key] for key in cfg if key in READ]
+    unread = [key for key in cfg if key not in READ and not _occurs(cfg[key], used)]
+    model = cfg.get('model') or {}
+    for key in cfg:
+        of_model = key in OF_BACKBONES or key in model and key not in READ
+        if of_model and not any(key in node and node[key] == cfg[key] for node in nested_dicts(model)):
+            raise UserError(f'{key}: nobody reads it here; write '
+                            f'model=dict({f"backbone=dict({key}=...)" if key in OF_BACKBONES else f"{key}=..."})')
+        if key in unread and close(key, READ - {'tta_model', 'tta_pipeline'}, .85):
+            raise UserError(f'{key}: nobody reads it{meant(key, READ)}')
+    for place in COUNTS:
+        section, name = place.split('.')
+        value = (cfg.get(section) or {}).get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1 or int(value) != value:
+            raise UserError(f'{place} must be an integer of at least 1, got {value!r}')
+    for phase, names in (('train', ('train_dataloader', 'train_cfg', 'optim_wrapper')),
+                         *((phase, (f'{phase}_dataloader', f'{phase}_cfg', f'{phase}_evaluator'))
+                           for phase in ('val', 'test'))):
+        missing = [name for name in names if cfg.get(name) is None]
+        if missing and len(missing) < 3:
+            raise UserError(f'{missing[0]}: it is missing; {phase} needs {", ".join(names)}, or none of them')
+    if not isinstance(logging.getLevelName(cfg.get('log_level') or 'INFO'), int):
+        raise UserError(f'log_level: unknown level {cfg.log_level!r}; allowed: DEBUG, INFO, WARNING, ERROR')
+    seed = (cfg.get('randomness') or {}).get('seed')
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**32):
+        raise UserError(f'randomness.seed must be an integer of 0 to {2**32 - 1}, or None, got {seed!r}')
+    for section in ('model', 'optim_wrapper', 'default_hooks', 'custom_hooks', 'train_dataloader', 'val_dataloader'):
+        for place in places_in(cfg, section):
+            value = at(cfg, place)
+            if 'metainfo' not in place and isinstance(value, str) and value.lower() in ('true', 'false', 'yes', 'no'):
+                raise UserError(f'{".".join(place)} must be True or False, got the text {value!r}')
+    return unread
+
+
+def _occurs(value: Any, inside: Any) -> bool:
+    """Whether a value is, or is part of, another one; MMEngine gives inherited ones a ``_scope_``."""
+    if isinstance(value, str) and isinstance(inside, str):
+        return value in inside
+    if isinstance(value, Mapping) and isinstance(inside, Mapping) and all(
+            key in inside and _equal(value[key], inside[key]) for key in value if key != '_scope_'):
+        return True
+    children = inside.values() if isinstance(inside, Mapping) else inside if isinstance(inside, (list, tuple)) else ()
+    if isinstance(value, (list, tuple)) and value and all(_occurs(one, inside) for one in value):
+        return True
+    return _equal(value, inside) or any(_occurs(value, child) for child in children)
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Whether two values are equal but for ``_scope_``."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        names = (value.keys() | other.keys()) - {'_scope_'}
+        return all(name in value and name in other and _equal(value[name], other[name]) for name in names)
+    if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    return type(value) is type(other) and value == other
