@@ -35,6 +35,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def command_line() -> str:
+    """What the user has typed, for the report."""
+    name, *arguments = sys.argv
+    return f'{f"python {name}" if name.endswith(".py") else name} {shlex.join(arguments)}'
+
+
 @engine.tool
 def main() -> None:
     args = parse_args()
@@ -45,7 +51,7 @@ def main() -> None:
     else:
         comparison = compare.plan_comparison(
             folder, args.configs, compare.parse_variants(args.variant), args.seeds, args.cfg_options,
-            allow_pickle=args.allow_pickle, command=shlex.join(['python', *sys.argv]))
+            allow_pickle=args.allow_pickle, command=command_line())
     compare.carry_out(comparison, tools, Path(args.report_dir or folder), measure_costs=not args.report_only,
                             train=not (args.cost_only or args.report_only), allow_pickle=args.allow_pickle)
 
