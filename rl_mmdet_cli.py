@@ -9,6 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = {
+    'init': ('init', 'write a first pair of configs for your COCO data'),
     'train': ('train', 'train a detector'),
     'test': ('test', 'evaluate a checkpoint'),
     'compare': ('compare', 'train a baseline and its variants, and report what differs'),

@@ -23,8 +23,8 @@ def run(monkeypatch, capsys):
 def test_without_arguments_it_lists_its_commands(run):
     status, text = run()
     assert status == 0
-    assert all(f'\n  {name} ' in text for name in ('train', 'test', 'compare', 'blocks', 'choose', 'materialize',
-                                                   'delta'))
+    for name in ('init', 'train', 'test', 'compare', 'blocks', 'choose', 'materialize', 'delta'):
+        assert f'\n  {name} ' in text
 
 
 def test_version(run):
@@ -33,7 +33,7 @@ def test_version(run):
 
 def test_an_unknown_command_is_one_line_with_those_allowed(run):
     status, _ = run('trian')
-    assert status.startswith('error: rl-mmdet trian: unknown command, allowed: train, test, ')
+    assert status.startswith('error: rl-mmdet trian: unknown command, allowed: init, train, ')
     assert '\n' not in status
 
 

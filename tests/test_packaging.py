@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ['rl_mmdet', 'rl_mmdet_cli.py', 'configs', 'tools', 'requirements', 'setup.py', 'pyproject.toml', 'MANIFEST.in',
-           'README.md', 'LICENSE', 'model-index.yml']
+SOURCES = ['rl_mmdet', 'rl_mmdet_cli.py', 'configs', 'tools', 'requirements', 'setup.py', 'pyproject.toml',
+           'MANIFEST.in', 'README.md', 'LICENSE', 'model-index.yml']
 
 
 @pytest.fixture(scope='module')

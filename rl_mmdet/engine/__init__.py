@@ -12,6 +12,7 @@ from .hooks import (
     SearchHook,
 )
 from .launch import build_runner, tool
+from .new_configs import write_new_configs
 from .optim import RLLayerDecayOptimWrapperConstructor, RLOptimWrapperConstructor
 from .preflight import build_model, check_testing, check_training, inspect_training, resume_checkpoint
 from .search import take_found_
@@ -22,4 +23,5 @@ __all__ = [
     'UserError', 'add_rl_defaults_', 'build_model', 'build_runner', 'check_checkpoint', 'check_testing',
     'check_training', 'config_arguments', 'inspect_training', 'load_config', 'read_checkpoint',
     'resume_checkpoint', 'run_arguments', 'take_found_', 'tool',
+    'write_new_configs',
 ]
