@@ -30,7 +30,7 @@ def main() -> None:
     console = Console()
     table = analysis.error_table(trials)
     console.print(table) if console.is_terminal else Console(width=160).print(table)
-    print(*analysis.cost_lines(trials), sep='\n')
+    print(*analysis.cost_lines(trials), *analysis.warning_lines(trials), sep='\n')
     print(f'plan={trials[0].report.as_plan}')
 
 
