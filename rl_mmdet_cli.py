@@ -1,9 +1,16 @@
-"""The command ``rl-mmdet``: ``rl-mmdet train CONFIG`` is ``python tools/train.py CONFIG`` without a clone.
+"""The command ``rl-mmdet``, and how every tool starts: ``rl-mmdet train CONFIG`` is ``python tools/train.py CONFIG``.
 
-It lies outside the package because Python would import all of ``rl_mmdet``, with PyTorch, before a module in it.
+A tool reads its arguments first and imports ``rl_mmdet`` afterwards, so that ``--help`` and a mistyped option take no
+time. That is why this lies outside the package: Python would import all of it, with PyTorch, before a module in it.
 """
+import argparse
+import contextlib
+import io
 import runpy
 import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -39,6 +46,36 @@ def main() -> None:
         # runpy would put the script's path in place of the command's name, which usage lines show.
         spec = spec_from_file_location('__main__', folder / f'{COMMANDS[command][0]}.py')
         spec.loader.exec_module(module_from_spec(spec))
+
+
+def start(tool: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Import ``rl_mmdet``, without what other packages say about each other meanwhile, and run a tool's main."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        from rl_mmdet import engine
+    engine.tool(partial(tool, args))()
+
+
+def config_arguments() -> argparse.ArgumentParser:
+    """A parent parser: the config, its overrides, and whether files may run code."""
+    from mmengine.config import DictAction
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override settings of the config, e.g. model.backbone.replacement.plan.k=2; '
+                        'data_root=DIR moves the whole config to that data')
+    parser.add_argument('--allow-pickle', action='store_true',
+                        help='read checkpoints that need code to be unpickled; only from sources you trust')
+    return parser
+
+
+def run_arguments() -> argparse.ArgumentParser:
+    """A parent parser for tools that run a config: :func:`config_arguments`, the work dir and the launcher."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[config_arguments()])
+    parser.add_argument('--work-dir', help='folder for logs and results (default: work_dirs/<config stem>)')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    return parser
 
 
 if __name__ == '__main__':

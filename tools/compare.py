@@ -6,8 +6,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from rl_mmdet import engine
-from rl_mmdet.analysis import compare
+from rl_mmdet_cli import start
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, default=3, help='trainings of each variant (default: %(default)s)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='changes of all configs; data_root=DIR moves them to that data')
-    parser.add_argument('--launcher', choices=compare.LAUNCHERS, default='none',
+    parser.add_argument('--launcher', choices=['none', 'pytorch'], default='none',
                         help='pytorch trains every run by torchrun on this machine')
     parser.add_argument('--processes', type=int, help='how many torchrun starts (default: one for each GPU)')
     parser.add_argument('--jobs', type=int, default=1, help='how many trainings run side by side on the same device; '
@@ -41,9 +40,8 @@ def command_line() -> str:
     return f'{f"python {name}" if name.endswith(".py") else name} {shlex.join(arguments)}'
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from rl_mmdet.analysis import compare
     folder = Path(args.work_dir)
     tools = compare.Tools(Path(__file__).parent, args.launcher, args.processes, args.jobs)
     if args.report_only:
@@ -57,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main, parse_args())

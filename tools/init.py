@@ -2,7 +2,7 @@
 import argparse
 import shlex
 
-from rl_mmdet import engine
+from rl_mmdet_cli import start
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,9 +18,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from rl_mmdet import engine
     new = engine.write_new_configs(args.base, *args.coco, args.images, args.out)
     print(f'{new.baseline} and {new.rl}: written', *new.remarks, '', 'Next:', sep='\n')
     for command in (['blocks', new.rl], ['train', new.rl],
@@ -29,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main, parse_args())

@@ -1,5 +1,4 @@
 """MMEngine's side of Replacement Learning: configs and their checks, checkpoints, hooks, optimizers."""
-from .arguments import config_arguments, run_arguments
 from .checkpoint import check_checkpoint, read_checkpoint
 from .config import add_rl_defaults_, load_config
 from .errors import NonFiniteLossError, UserError
@@ -21,7 +20,6 @@ __all__ = [
     'FiniteLossHook', 'FitOutputsHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
     'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'SearchHook',
     'UserError', 'add_rl_defaults_', 'build_model', 'build_runner', 'check_checkpoint', 'check_testing',
-    'check_training', 'config_arguments', 'inspect_training', 'load_config', 'read_checkpoint',
-    'resume_checkpoint', 'run_arguments', 'take_found_', 'tool',
-    'write_new_configs',
+    'check_training', 'inspect_training', 'load_config', 'read_checkpoint', 'resume_checkpoint', 'take_found_',
+    'tool', 'write_new_configs',
 ]
