@@ -57,6 +57,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['rl_mmdet', 'rl_mmdet.*']),
+    py_modules=['rl_mmdet_cli'],
+    entry_points=dict(console_scripts=['rl-mmdet = rl_mmdet_cli:main']),
     include_package_data=True,
     cmdclass={'build_py': BuildWithMim},
     install_requires=[

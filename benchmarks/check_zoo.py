@@ -31,7 +31,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool(parse_args)
 def main(args: argparse.Namespace) -> None:
     quick = args.sample is not None
     if quick and (args.json or args.out):
@@ -46,4 +45,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    engine.run_tool(main, parse_args())

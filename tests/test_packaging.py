@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ['rl_mmdet', 'configs', 'tools', 'requirements', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md',
-           'LICENSE', 'model-index.yml']
+SOURCES = ['rl_mmdet', 'rl_mmdet_cli.py', 'configs', 'tools', 'requirements', 'setup.py', 'pyproject.toml',
+           'MANIFEST.in', 'README.md', 'LICENSE', 'model-index.yml']
 
 
 @pytest.fixture(scope='module')
@@ -58,11 +58,13 @@ def test_wheel_holds_every_module(wheel):
 def test_wheel_holds_copies_for_mim_and_nothing_outside_the_package(wheel):
     wanted = source_files('configs') | source_files('tools') | {'model-index.yml'}
     assert {f'rl_mmdet/.mim/{name}' for name in wanted} <= set(wheel)
-    assert {name.split('/')[0] for name in wheel if '.dist-info' not in name} == {'rl_mmdet'}
+    assert {name.split('/')[0] for name in wheel if '.dist-info' not in name} == {'rl_mmdet', 'rl_mmdet_cli.py'}
 
 
-def test_installed_wheel_has_its_configs_and_tools_and_finds_them(tree):
+def test_installed_wheel_has_its_configs_and_its_command_and_finds_them(tree, wheel):
     """In a fresh environment with the other packages of this one, without the project's tree."""
+    (script,) = (content.decode() for name, content in wheel.items() if name.endswith('.dist-info/entry_points.txt'))
+    assert 'rl-mmdet = rl_mmdet_cli:main' in script.splitlines()
     environment = tree.parent / 'environment'
     venv.create(environment, symlinks=True)
     (site,) = environment.glob('lib/python3*/site-packages')
@@ -70,14 +72,14 @@ def test_installed_wheel_has_its_configs_and_tools_and_finds_them(tree):
         archive.extractall(site)
     (site / 'others.pth').write_text(sysconfig.get_path('purelib'))
     code = """if True:
-        import pathlib, runpy, sys, yaml
-        import rl_mmdet
+        import pathlib, sys, yaml
+        import rl_mmdet, rl_mmdet_cli
         mim = pathlib.Path(rl_mmdet.__file__).parent / '.mim'
         index = yaml.safe_load((mim / 'model-index.yml').read_text())['Import']
         configs = [m['Config'] for file in index for m in yaml.safe_load((mim / file).read_text())['Models']]
         assert len(configs) > 20 and all((mim / config).is_file() for config in configs)
-        sys.argv = ['blocks.py', str(mim / 'configs/rl_resnet/faster-rcnn_rl-r50-k2_fpn_1x_coco.py')]
-        runpy.run_path(str(mim / 'tools/blocks.py'), run_name='__main__')
+        sys.argv = ['rl-mmdet', 'blocks', str(mim / 'configs/rl_resnet/faster-rcnn_rl-r50-k2_fpn_1x_coco.py')]
+        rl_mmdet_cli.main()
         print(mim)
     """
     result = subprocess.run([environment / 'bin' / 'python', '-I', '-c', code], cwd=tree.parent, capture_output=True,

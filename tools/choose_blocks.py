@@ -1,14 +1,12 @@
 """Find the blocks of a trained backbone that their neighbours explain best, and print them as a plan."""
 import argparse
 
-from rich.console import Console
-
-from rl_mmdet import analysis, engine
+from rl_mmdet_cli import config_arguments, start
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Find the blocks of a trained backbone that their neighbours explain '
-                                     'best, and print them as a plan', parents=[engine.config_arguments()])
+                                     'best, and print them as a plan', parents=[config_arguments()])
     parser.add_argument('checkpoint', help='weights of the unreplaced backbone, or of a detector with it')
     parser.add_argument('--p', type=float, required=True, help='fraction of the replaceable blocks to replace')
     parser.add_argument('--batches', type=int, default=4, help='batches of the training set to measure on (default: 4)')
@@ -21,8 +19,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool(parse_args)
 def main(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from rl_mmdet import analysis, engine
     cfg = engine.load_config(args.config, args.cfg_options)
     trials = analysis.choose_blocks(cfg, args.checkpoint, args.p, batches=args.batches, steps=args.steps,
                                     fusion=args.fusion, operators=args.operator, ignore_keys=args.ignore_keys,
@@ -30,9 +30,9 @@ def main(args: argparse.Namespace) -> None:
     console = Console()
     table = analysis.error_table(trials)
     console.print(table) if console.is_terminal else Console(width=160).print(table)
-    print(*analysis.cost_lines(trials), sep='\n')
+    print(*analysis.cost_lines(trials), *analysis.warning_lines(trials), sep='\n')
     print(f'plan={trials[0].report.as_plan}')
 
 
 if __name__ == '__main__':
-    main()
+    start(main, parse_args())

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from rl_mmdet import engine
-from rl_mmdet.analysis import compare
+from rl_mmdet_cli import checkpoint_arguments, start
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Compare variants of a detector with its baseline',
-                                     parents=[engine.checkpoint_arguments()])
+                                     parents=[checkpoint_arguments()])
     parser.add_argument('configs', nargs='*', metavar='[NAME=]CONFIG',
                         help='config files, the baseline\'s first; each is called NAME or else like its file')
     parser.add_argument('--variant', nargs='+', action='append', default=[], metavar=('NAME', 'KEY=VALUE'),
@@ -22,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, default=3, help='trainings of each variant (default: %(default)s)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='changes of all configs; data_root=DIR moves them to that data')
-    parser.add_argument('--launcher', choices=compare.LAUNCHERS, default='none',
+    parser.add_argument('--launcher', choices=['none', 'pytorch'], default='none',
                         help='pytorch trains every run by torchrun on this machine')
     parser.add_argument('--processes', type=int, help='how many torchrun starts (default: one for each GPU)')
     parser.add_argument('--jobs', type=int, default=1, help='how many trainings run side by side on the same device; '
@@ -34,8 +33,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool(parse_args)
+def command_line() -> str:
+    """What the user has typed, for the report."""
+    name, *arguments = sys.argv
+    return f'{f"python {name}" if name.endswith(".py") else name} {shlex.join(arguments)}'
+
+
 def main(args: argparse.Namespace) -> None:
+    from rl_mmdet.analysis import compare
     folder = Path(args.work_dir)
     options = ['--allow-pickle'] * args.allow_pickle
     options += ['--ignore-keys', *args.ignore_keys] if args.ignore_keys else []
@@ -45,10 +50,10 @@ def main(args: argparse.Namespace) -> None:
     else:
         comparison = compare.plan_comparison(
             folder, args.configs, compare.parse_variants(args.variant), args.seeds, args.cfg_options,
-            ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle, command=shlex.join(['python', *sys.argv]))
+            ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle, command=command_line())
     compare.carry_out(comparison, tools, Path(args.report_dir or folder), measure_costs=not args.report_only,
                             train=not (args.cost_only or args.report_only), allow_pickle=args.allow_pickle)
 
 
 if __name__ == '__main__':
-    main()
+    start(main, parse_args())

@@ -1,7 +1,7 @@
 """Save a fine-tuned detector as what it changed in its base checkpoint, apply such a delta file, or look into it."""
 import argparse
 
-from rl_mmdet import deploy, engine
+from rl_mmdet_cli import start
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,8 +23,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool(parse_args)
 def main(args: argparse.Namespace) -> None:
+    from rl_mmdet import deploy
     if args.command == 'save':
         info = deploy.save_delta(args.base, args.tuned, args.out, args.allow_pickle)
         print(f'{args.out}: {str(info).splitlines()[0]}')
@@ -36,4 +36,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main, parse_args())

@@ -2,8 +2,7 @@
 import argparse
 from pathlib import Path
 
-from rl_mmdet import engine
-from rl_mmdet.analysis import compare
+from rl_mmdet_cli import start
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [f'baseline={ROOT}/configs/digits/faster-rcnn_r34_fpn_digits.py',
@@ -17,11 +16,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool(parse_args)
 def main(args: argparse.Namespace) -> None:
+    from rl_mmdet.analysis import compare
     folder = Path(args.work_dir)
     compare.carry_out(compare.plan_comparison(folder, CONFIGS, seeds=1), compare.Tools(ROOT / 'tools'), folder)
 
 
 if __name__ == '__main__':
-    main()
+    start(main, parse_args())

@@ -2,12 +2,11 @@
 import argparse
 import os
 
-from rl_mmdet import engine
-from rl_mmdet.engine import options
+from rl_mmdet_cli import run_arguments, start
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Test (and evaluate) a detector', parents=[engine.run_arguments()])
+    parser = argparse.ArgumentParser(description='Test (and evaluate) a detector', parents=[run_arguments()])
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='dump predictions to this .pkl file')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
@@ -17,8 +16,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool(parse_args)
 def main(args: argparse.Namespace) -> None:
+    from rl_mmdet import engine
+    from rl_mmdet.engine import options
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     if args.out:
@@ -34,4 +34,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main, parse_args())

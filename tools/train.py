@@ -2,12 +2,11 @@
 import argparse
 import os
 
-from rl_mmdet import engine
-from rl_mmdet.engine import options
+from rl_mmdet_cli import run_arguments, start
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Train a detector', parents=[engine.run_arguments()])
+    parser = argparse.ArgumentParser(description='Train a detector', parents=[run_arguments()])
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument('--resume', nargs='?', const='auto',
@@ -15,8 +14,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@engine.tool(parse_args)
 def main(args: argparse.Namespace) -> None:
+    from rl_mmdet import engine
+    from rl_mmdet.engine import options
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     texts = engine.begin_or_resume_(cfg, args.resume, args.allow_pickle)
@@ -33,4 +33,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main, parse_args())

@@ -23,6 +23,9 @@ from ..replacement.plans import BestFit
 from ..replacement.plans.trial import forward_flops
 from .blocks import backbone_cfg
 
+LOST = 0.95
+"""With more left unexplained than this, a block might as well be left out, which is 1."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -139,6 +142,20 @@ def cost_lines(trials: Sequence[Trial]) -> list[str]:
             f'{trial.report.removed_parameters:,} parameters replaced by layers that learn {trial.report.learnable:,}; '
             f'forward FLOPs of the backbone ×{trial.flops:.2f}'
             for trial in trials]
+
+
+def warning_lines(trials: Sequence[Trial]) -> list[str]:
+    """For each operator the chosen blocks that it keeps no better than leaving them out; nothing if all is well."""
+    lines = []
+    for trial in trials:
+        lost = [f'{row.name} ({trial.errors[row.name]:.2f})' for row in trial.report.rows
+                if row.replaced and trial.errors[row.name] > LOST]
+        if lost:
+            lines.append(f'warning: {trial.operator} is no better than leaving the block out in the place of '
+                         f'{", ".join(lost)}: from these weights, that costs AP. Try more --steps, a smaller --p, or '
+                         'what can be fitted: --operator \'{"type": "SlimBlock", "width": 0.25}\' --fusion '
+                         '\'{"type": "TransformFusion", "rank": 16, "adapt": true}\'')
+    return lines
 
 
 def _type_settings(option: str, text: str) -> dict[str, Any]:

@@ -43,7 +43,13 @@ class DeltaInfo:
     bytes: int
 
     def __str__(self) -> str:
-        lines = [f'{len(self.tensors)} tensors of {self.numbers:,} numbers, {self.numbers / self.base_numbers:.1%} of '
+        parts: dict[str, int] = {}  # backbone, neck, heads
+        for key, shape in self.tensors.items():
+            part, dot, _ = key.partition('.')
+            parts[part] = parts.get(part, 0) + torch.Size(shape).numel() * bool(dot)
+        shares = ', '.join(f'{part} {numbers:,}' for part, numbers in parts.items() if numbers)
+        lines = [f'{len(self.tensors)} tensors of {self.numbers:,} numbers{shares and f" ({shares})"}, '
+                 f'{self.numbers / self.base_numbers:.1%} of '
                  f'the base\'s {self.base_numbers:,}; {self.bytes / 1e6:.1f} MB; base {self.base_hash[:16]}']
         lines += [f'  {key} {list(shape)}' for key, shape in self.tensors.items()]
         return '\n'.join(lines + [f'  {key} removed' for key in self.removed])

@@ -1,5 +1,4 @@
 """MMEngine's side of Replacement Learning: configs and their checks, checkpoints, hooks, optimizers."""
-from .arguments import checkpoint_arguments, config_arguments, run_arguments
 from .checkpoint import load_checkpoint_
 from .config import add_rl_defaults_, load_config
 from .errors import NonFiniteLossError, UserError
@@ -14,7 +13,8 @@ from .hooks import (
     WholeCheckpointHook,
 )
 from .interrupt import saved_when_stopped
-from .launch import build_runner, tool
+from .launch import build_runner, run_tool
+from .new_configs import write_new_configs
 from .optim import RLLayerDecayOptimWrapperConstructor, RLOptimWrapperConstructor
 from .preflight import build_model, check_testing, check_training, inspect_training, resume_checkpoint
 from .reading import read_checkpoint, safe_reading
@@ -25,7 +25,7 @@ __all__ = [
     'FiniteLossHook', 'FitOutputsHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
     'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'ResumeHook',
     'SearchHook', 'UserError', 'WholeCheckpointHook', 'add_rl_defaults_', 'begin_or_resume_', 'build_model',
-    'build_runner', 'check_testing', 'check_training', 'checkpoint_arguments', 'checkpoints_in', 'config_arguments',
-    'inspect_training', 'load_checkpoint_', 'load_config', 'read_checkpoint', 'resume_checkpoint', 'run_arguments',
-    'safe_reading', 'saved_when_stopped', 'take_found_', 'tool',
+    'build_runner', 'check_testing', 'check_training', 'checkpoints_in', 'inspect_training', 'load_checkpoint_',
+    'load_config', 'read_checkpoint', 'resume_checkpoint', 'run_tool', 'safe_reading', 'saved_when_stopped',
+    'take_found_', 'write_new_configs',
 ]

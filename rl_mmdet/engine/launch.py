@@ -5,7 +5,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from functools import wraps
 
 import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -44,33 +43,27 @@ def _start_cpu_processes_(cfg: Config) -> None:
     cfg.model_wrapper_cfg = ConfigDict(wrapper | dict(cfg.get('model_wrapper_cfg') or {}) | dict(device_ids=None))
 
 
-def tool(parse_args: Callable[[], Namespace]) -> Callable[[Callable[[Namespace], None]], Callable[[], None]]:
-    """Decorate a tool's ``main``, which gets what ``parse_args`` returns.
+def run_tool(main: Callable[[Namespace], None], args: Namespace) -> None:
+    """Call a tool's ``main`` with its arguments.
 
     A UserError or a full disk ends it with one line on stderr and exit status 1, Ctrl-C with 130; of several processes
     each that fails says so. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks. No file that is read runs
     code (:func:`~rl_mmdet.engine.safe_reading`), unless the arguments have ``allow_pickle``.
     """
-    def decorate(main: Callable[[Namespace], None]) -> Callable[[], None]:
-        @wraps(main)
-        def run() -> None:
-            status, together = 0, True
-            try:
-                args = parse_args()
-                with safe_reading(getattr(args, 'allow_pickle', False)):
-                    main(args)
-            except (UserError, KeyboardInterrupt, OSError) as error:
-                if os.environ.get('RL_MMDET_TRACEBACK') == '1' or getattr(error, 'errno', 0) not in (0, *NO_ROOM):
-                    raise
-                interrupted = isinstance(error, KeyboardInterrupt)
-                show(f'interrupted {error}'.rstrip() if interrupted else f'error: {error}')
-                status, together = (130, bool(error.args)) if interrupted else (1, False)
-            if together and torch.distributed.is_initialized():
-                _end_together()
-            if status:
-                sys.exit(status)
-        return run
-    return decorate
+    status, together = 0, True
+    try:
+        with safe_reading(getattr(args, 'allow_pickle', False)):
+            main(args)
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        if os.environ.get('RL_MMDET_TRACEBACK') == '1' or getattr(error, 'errno', 0) not in (0, *NO_ROOM):
+            raise
+        interrupted = isinstance(error, KeyboardInterrupt)
+        show(f'interrupted {error}'.rstrip() if interrupted else f'error: {error}')
+        status, together = (130, bool(error.args)) if interrupted else (1, False)
+    if together and torch.distributed.is_initialized():
+        _end_together()
+    if status:
+        sys.exit(status)
 
 
 def _end_together() -> None:

@@ -1,11 +1,12 @@
 """Which blocks of a trained backbone their neighbours explain best, on a config's own data."""
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rl_mmdet.analysis import choose_blocks, cost_lines, error_table
+from rl_mmdet.analysis import choose_blocks, cost_lines, error_table, warning_lines
 from rl_mmdet.analysis.choose_blocks import calibration_batches
 from rl_mmdet.engine import UserError, build_model, load_config
 from rl_mmdet.replacement import replace_blocks_
@@ -60,6 +61,16 @@ def test_several_operators_are_tried_on_the_same_backbone_with_their_costs(tiny_
     lines = cost_lines(trials)
     assert lines[0].startswith('FullBlock(): 2 blocks of ')
     assert f'that learn {full.report.learnable}; forward FLOPs of the backbone ×1.00' in lines[0]
+
+
+def test_an_operator_that_keeps_nothing_of_a_chosen_block_is_warned_of(tiny_config, saved):
+    full, skip = choose_blocks(load_config(tiny_config(BASELINE)), saved, 0.3, batches=1, steps=0,
+                               operators=['FullBlock', 'Skip'])
+    [line] = warning_lines([skip])
+    chosen = [f'{stage}.{index} (1.00)' for stage, indices in skip.report.replaced.items() for index in indices]
+    assert line.startswith(f'warning: {skip.operator} is no better than leaving the block out in the place of ')
+    assert len(chosen) == 2 and all(block in line for block in chosen)
+    assert warning_lines([replace(full, errors=dict.fromkeys(full.errors, 0.9))]) == []
 
 
 def test_frozen_stages_are_left_alone(tiny_config, saved):

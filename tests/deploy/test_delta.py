@@ -37,6 +37,16 @@ def test_a_delta_holds_the_tensors_that_differ_and_nothing_else(files, delta):
     assert delta_info(files['delta.safetensors']) == delta
 
 
+def test_its_account_tells_the_parts_of_a_detector_apart(tmp_path):
+    base = {'backbone.w': torch.ones(5), 'backbone.b': torch.ones(2), 'neck.w': torch.ones(3),
+            'rpn_head.w': torch.ones(4)}
+    tuned = base | {'backbone.w': torch.zeros(5), 'backbone.b': torch.zeros(2), 'rpn_head.w': torch.zeros(4)}
+    for name, tensors in (('base', base), ('tuned', tuned)):
+        torch.save(dict(state_dict=tensors), tmp_path / f'{name}.pth')
+    info = save_delta(*(str(tmp_path / name) for name in ('base.pth', 'tuned.pth', 'task.safetensors')))
+    assert str(info).startswith("3 tensors of 11 numbers (backbone 7, rpn_head 4), 78.6% of the base's 14;")
+
+
 def test_applied_it_gives_the_same_checkpoint_bit_for_bit(files, delta, assert_same_state):
     apply_delta(files['base.pth'], files['delta.safetensors'], files['out.pth'])
     found, wanted = (torch.load(files[name], weights_only=True) for name in ('out.pth', 'tuned.pth'))

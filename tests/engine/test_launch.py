@@ -18,16 +18,16 @@ def test_no_file_runs_code_in_a_tool_unless_allowed(tmp_path):
     def read(args):
         found.append(torch.load(tmp_path / 'file.pth', weights_only=False))
 
-    engine.tool(lambda: Namespace(allow_pickle=True))(read)()
+    engine.run_tool(read, Namespace(allow_pickle=True))
     assert isinstance(found[0], Code)
     with pytest.raises(SystemExit):
-        engine.tool(Namespace)(read)()
+        engine.run_tool(read, Namespace())
 
 
 def test_an_error_does_nothing_to_the_terminal(capsys):
     def fail(args):
         raise engine.UserError('tensor a\x1b[31m\r\x07')
     with pytest.raises(SystemExit) as stop:
-        engine.tool(Namespace)(fail)()
+        engine.run_tool(fail, Namespace())
     assert stop.value.code == 1
     assert capsys.readouterr().err == 'error: tensor a\\x1b[31m\\r\\x07\n'

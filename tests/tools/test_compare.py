@@ -56,7 +56,6 @@ def test_a_comparison_from_configs_to_report_agrees_with_pycocotools(compare, ti
     assert base['scores']['bbox']['ap'] == dict(mean=found['base'], deviation=None, values=[found['base']])
     assert twin['difference']['bbox']['mean'] == pytest.approx(found['RL'] - found['base'])
     assert twin['cost']['trainable'] < base['cost']['trainable']
-    assert len(report['runs'][1]['log']['coefficients']) == 5
     assert report['commands'][0].startswith('python ')
     assert 'difference' in output.out and 'RL: ' in output.out
     for name in ('report.html', 'report.md'):

@@ -9,7 +9,7 @@ from ...engine import UserError
 from .comparison import Comparison
 from .contents import Contents, collect
 from .costs import measure
-from .in_short import in_short
+from .in_short import in_short, verdict
 from .report import write_report
 from .runs import Tools, only_one, train_all
 from .tables import rich_table, summary_table
@@ -47,12 +47,12 @@ def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool
                 measure(comparison, say, allow_pickle)
             say('writing the report')
             contents = collect(comparison)
-            write_report(comparison, contents, report)
+            write_report(contents, report)
     except KeyboardInterrupt:
         say('start it again to go on from the last checkpoint')
         raise
     console.print(rich_table(summary_table(contents)))
-    for sentence in in_short(contents):
+    for sentence in (verdict(contents), *(f'{name}: {found}' for name, found in in_short(contents))):
         console.print(sentence, markup=False)
     console.print(f'report: {report / "report.html"}', markup=False)
     _check_success(contents)

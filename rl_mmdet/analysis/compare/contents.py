@@ -2,8 +2,9 @@
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .differences import Difference, Spread, difference, spread
 from .runs import checkpoint_of, matches_of, scores_of
 from .training_log import TrainingLog, read_training_log
 
-FORMAT = 'rl_mmdet.report/1'
+FORMAT = 'rl_mmdet.report/2'
 FIELDS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')
 
 
@@ -83,6 +84,8 @@ class Contents:
     Args:
         commands: the calls that made the comparison.
         environment: the device that costs were measured on, and versions.
+        date: of the last result, as 2026-01-31; empty before the first.
+        data: the val set's annotation file.
         images, objects: size of the val set; None before the first run is finished.
         classes: their names.
         metrics: ``'bbox'``, ``'segm'`` or both.
@@ -93,6 +96,8 @@ class Contents:
     """
     commands: list[str]
     environment: dict[str, str]
+    date: str
+    data: str
     images: int | None
     objects: int | None
     classes: list[str]
@@ -138,9 +143,17 @@ def collect(comparison: Comparison) -> Contents:
                                 resampled) for variant in comparison.variants]
     return Contents(
         commands=comparison.commands, environment=costs['environment'] or environment(),
+        date=_last_date([comparison.folder / 'costs.json', *(run.folder / 'scores.json' for run in results)]),
+        data=str(comparison.annotations()),
         images=None if objects is None else len(objects), objects=None if objects is None else int(objects.sum()),
         classes=comparison.classes, metrics=metrics, seeds=comparison.seeds, variants=variants,
         runs=list(results.values()))
+
+
+def _last_date(files: Iterable[Path]) -> str:
+    """The day on which the last of the files was written, empty if there is none."""
+    times = [file.stat().st_mtime for file in files if file.is_file()]
+    return date.fromtimestamp(max(times)).isoformat() if times else ''
 
 
 def _run_result(comparison: Comparison, run: Run) -> RunResult:

@@ -1,5 +1,4 @@
-"""The plots of a report: AP against cost, the course of the trainings, the coefficients of replaced blocks."""
-import re
+"""The plots of a report: AP against cost, and the course of the trainings."""
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -25,7 +24,6 @@ POINTS = 200
 """Most points of a curve."""
 SMOOTHING = 0.05
 """Fraction of a training that the running mean of the loss covers."""
-MOST_BLOCKS, COEFFICIENT_POINTS = 24, 40
 EXPENSES = {'trainable parameters, M': lambda cost: [cost.trainable / 1e6],
             'training step, GFLOPs': lambda cost: [cost.step_flops / 1e9],
             'peak of a step, MB': lambda cost: [cost.peak_bytes / 1e6],
@@ -140,51 +138,6 @@ def _smooth(curve: Curve) -> np.ndarray:
 def _spaced(count: int, most: int) -> np.ndarray:
     """Indices, all of them or ``most`` that are evenly spaced from the first to the last."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
-
-
-def coefficients(contents: Contents) -> Figure | None:
-    """The course of every replaced block's a (solid) and b (dashed): a panel for each block, a line for each seed.
-
-    Returns:
-        The figure, with at most 24 blocks, evenly spaced over the model; None without coefficients.
-    """
-    blocks = sorted({block for run in contents.runs for block in run.log.coefficients}, key=_natural)
-    if not blocks:
-        return None
-    shown = [blocks[i] for i in _spaced(len(blocks), MOST_BLOCKS)]
-    columns = min(len(shown), 3 if len(shown) <= 9 else 4)
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * rows), layout='constrained')
-    panels, looks = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat, styles(contents)
-    for number, axes in enumerate(panels):
-        if number >= len(shown):
-            axes.set_visible(False)
-            continue
-        for run in contents.runs:
-            points = np.array(run.log.coefficients.get(shown[number], []))
-            if len(points):
-                steps, a, b = points[_spaced(len(points), COEFFICIENT_POINTS)].T
-                look = looks[run.variant] | dict(linewidth=0.9, markersize=4, markevery=[-1])
-                axes.plot(steps, a, **look | dict(linestyle='-'))
-                axes.plot(steps, b, **look | dict(linestyle='--'))
-        axes.set_title(shown[number], fontsize=8)
-        axes.tick_params(labelsize=8)
-        _grid(axes)
-        if number >= len(shown) - columns:
-            axes.tick_params(labelbottom=True)
-            axes.set_xlabel('iteration', fontsize=9)
-    if len(shown) < len(blocks):
-        figure.suptitle(f'{len(shown)} of {len(blocks)} replaced blocks', fontsize=10)
-    seen = {run.variant for run in contents.runs if run.log.coefficients}
-    _legend(figure, [Line2D([], [], color='0.3', label='a'), Line2D([], [], color='0.3', linestyle='--', label='b'),
-                     *(Line2D([], [], **look | dict(linestyle='-'), markersize=5, linewidth=0.9, label=name)
-                       for name, look in looks.items() if name in seen)])
-    return figure
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """To sort by: numbers in the name count as numbers."""
-    return [(int(piece), '') if piece.isdigit() else (-1, piece) for piece in re.split(r'(\d+)', name)]
 
 
 def _grid(axes: Axes) -> None:

@@ -10,15 +10,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from ...engine.files import write_text, written_whole
-from .comparison import Comparison
 from .contents import Contents
-from .disagreements import disagreements
-from .in_short import SAME, in_short
-from .plots import coefficients, curves, pareto
+from .in_short import SAME, in_short, verdict
+from .plots import curves, pareto
 from .tables import TITLES, tables
 
 DPI = 110
-FIGURES = ('pareto_bbox', 'pareto_segm', 'curves', 'coefficients', 'detections')
+FIGURES = ('pareto_bbox', 'pareto_segm', 'curves')
 SIGNS = {'better': '▲ ', 'worse': '▼ ', '': ''}
 
 
@@ -46,20 +44,18 @@ class Picture:
 
     @property
     def data_uri(self) -> str:
-        """An address that holds the whole figure: sharp lines, or pixels where there are photographs."""
-        kind, mime = ('png', 'png') if self.name == 'detections' else ('svg', 'svg+xml')
-        return f'data:image/{mime};base64,{base64.b64encode(self.file(kind)).decode()}'
+        """An address that holds the whole figure."""
+        return f'data:image/svg+xml;base64,{base64.b64encode(self.file("svg")).decode()}'
 
 
-def write_report(comparison: Comparison, contents: Contents, folder: Path) -> None:
+def write_report(contents: Contents, folder: Path) -> None:
     """Write the report, in place of an earlier one; every file appears under its name only when it is complete.
 
     Args:
-        comparison: whose detections are drawn.
-        contents: all else that the report shows.
+        contents: all that the report shows.
         folder: gets ``report.html``, ``report.md``, ``report.json`` and ``figures/*.png``.
     """
-    pictures = list(_pictures(comparison, contents))
+    pictures = list(_pictures(contents))
     texts = {name: _render(f'{name}.j2', contents, pictures) for name in ('report.html', 'report.md')}
     (folder / 'figures').mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
@@ -73,25 +69,17 @@ def write_report(comparison: Comparison, contents: Contents, folder: Path) -> No
         contents.save(unfinished)
 
 
-def _pictures(comparison: Comparison, contents: Contents) -> Iterator[Picture]:
+def _pictures(contents: Contents) -> Iterator[Picture]:
     """All figures that have anything to show."""
-    drawn = [(f'pareto_{metric}', f'{TITLES[metric]} against the cost of training',
-              'Further up and further left is better. Error bars: ± one standard deviation over seeds; for times from '
-              'the fastest to the slowest round. The line joins what no other variant beats in both AP and cost.',
-              pareto(contents, metric)) for metric in contents.metrics]
-    drawn += [('curves', 'Course of the trainings',
-               'A line for each training; the loss is a running mean over 5 % of the training.',
-               curves(contents)),
-              ('coefficients', 'Coefficients of the replaced blocks',
-               'A panel for each block, a line for each seed: a solid, b dashed.', coefficients(contents)),
-              ('detections', 'Where the detections differ most',
-               'The val images whose F1 (of detections with a score above 0.3, mean over the IoU thresholds 0.5 to '
-               '0.95) differs most between the baseline and any variant, with the same seed: ground truth, the '
-               'baseline, and that variant. They are picked for their difference, so they are no sample.',
-               disagreements(comparison, contents))]
-    for name, title, caption, figure in drawn:
-        if figure is not None:
-            yield Picture(name, title, caption, figure)
+    for metric in contents.metrics:
+        if figure := pareto(contents, metric):
+            yield Picture(f'pareto_{metric}', f'{TITLES[metric]} against the cost of training',
+                          'Further up and further left is better. Error bars: ± one standard deviation over seeds; for '
+                          'times from the fastest to the slowest round. The line joins what no other variant beats in '
+                          'both AP and cost.', figure)
+    if figure := curves(contents):
+        yield Picture('curves', 'Course of the trainings', 'A line for each training; the loss is a running mean over '
+                      '5 % of the training.', figure)
 
 
 def _render(template: str, contents: Contents, pictures: list[Picture]) -> str:
@@ -101,14 +89,13 @@ def _render(template: str, contents: Contents, pictures: list[Picture]) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= dict(cell=escape_markdown, fence=_fence, options=_options)
     variants = contents.variants[1:]
-    sentences = [(variant.name, sentence.removeprefix(f'{variant.name}: '))
-                 for variant, sentence in zip(variants, in_short(contents), strict=True)]
     unfinished: dict[str, list[int]] = {}
     for run in contents.runs:
         if run.status == 'unfinished':
             unfinished.setdefault(run.variant, []).append(run.seed)
     return environment.get_template(template).render(
-        contents=contents, pictures=pictures, sentences=sentences, tables=tables(contents), signs=SIGNS,
+        contents=contents, pictures=pictures, verdict=verdict(contents), sentences=in_short(contents),
+        tables=tables(contents), signs=SIGNS,
         title=f'{contents.baseline.name} and {len(variants)} {"variant" if len(variants) == 1 else "variants"} of it',
         facts=_facts(contents), how_to_read=_how_to_read(contents), unfinished=unfinished,
         failed=[run for run in contents.runs if run.status == 'failed'])
@@ -116,11 +103,10 @@ def _render(template: str, contents: Contents, pictures: list[Picture]) -> str:
 
 def _facts(contents: Contents) -> str:
     done = sum(run.status == 'finished' for run in contents.runs)
-    facts = [f'{done} of {len(contents.runs)} trainings finished',
+    facts = [*[contents.date] * bool(contents.date), f'{done} of {len(contents.runs)} trainings finished',
              'one seed' if contents.seeds == 1 else f'{contents.seeds} seeds each']
-    if contents.images is not None:
-        facts.append(f'{contents.images} val images with {contents.objects} objects')
-    return ', '.join([*facts, contents.environment['device']])
+    size = '' if contents.images is None else f', {contents.images} images with {contents.objects} objects'
+    return ', '.join([*facts, f'val set {contents.data}{size}', contents.environment['device']])
 
 
 def _how_to_read(contents: Contents) -> list[tuple[str, str]]:

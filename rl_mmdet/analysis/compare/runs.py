@@ -3,13 +3,9 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import signal
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,9 @@ from ...engine.files import read_record, write_text
 from ..training_run import end_with_parent, run_training
 from .coco_scores import Matches, Scores, score_detections
 from .comparison import Comparison, Run
+from .progress import Progress, Say
 
-ETA = re.compile(r'eta: (?:(\d+) days?, )?(\d+):(\d\d):(\d\d)')
-QUIET = 15.
-"""Seconds between two lines on the progress of one training."""
 LAUNCHERS = ('none', 'pytorch')
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ def train_all(comparison: Comparison, tools: Tools, say: Say) -> None:
         tools: how to start them.
         say: gets one line whenever there is progress.
     """
-    runs = list(enumerate(comparison.runs()))
+    runs = comparison.runs()
     if tools.jobs == 1:
         _train_some(comparison, runs, tools, say)
         return
@@ -118,19 +111,19 @@ def _work(*arguments: Any) -> None:
         _train_some(*arguments)
 
 
-def _train_some(comparison: Comparison, runs: Sequence[tuple[int, Run]], tools: Tools, say: Say) -> None:
-    """Train and score some of the runs, one after the other; they come with their number among all."""
-    progress = _Progress(len(comparison.runs()), say)
-    for number, run in runs:
-        progress.finished = number
+def _train_some(comparison: Comparison, runs: Sequence[Run], tools: Tools, say: Say) -> None:
+    """Train and score some of the runs, one after the other."""
+    progress = Progress(comparison.runs(), say, tools.jobs)
+    for run in runs:
         _train(comparison, run, tools, progress)
 
 
-def _train(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress') -> None:
+def _train(comparison: Comparison, run: Run, tools: Tools, progress: Progress) -> None:
     """Train and score one run, unless that is done."""
-    progress.begin(run)
-    if scores_of(run) is not None:
-        progress.done('finished before', trained=False)
+    finished = scores_of(run) is not None
+    progress.begin(run, None if finished else comparison.config(run.variant).train_cfg.get('max_epochs'))
+    if finished:
+        progress.phase('finished before')
         return
     complaint = run.folder / 'error.txt'
     complaint.unlink(missing_ok=True)
@@ -138,10 +131,10 @@ def _train(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress'
         scores = _finish(comparison, run, tools, progress)
     except UserError as error:
         write_text(complaint, f'{error}\n')
-        progress.done(f'FAILED, the others go on: {str(error).splitlines()[-1]}', trained=False)
+        progress.phase(f'FAILED, the others go on: {str(error).splitlines()[-1]}')
     else:
-        progress.done(', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}'
-                                for metric, each in scores.items()), trained=True)
+        progress.phase(', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}'
+                                 for metric, each in scores.items()))
 
 
 def scores_of(run: Run) -> dict[str, Scores] | None:
@@ -163,7 +156,7 @@ def checkpoint_of(run: Run) -> Path | None:
     return next(iter(checkpoints_in(run.folder)), None)
 
 
-def _finish(comparison: Comparison, run: Run, tools: Tools, progress: '_Progress') -> dict[str, Scores]:
+def _finish(comparison: Comparison, run: Run, tools: Tools, progress: Progress) -> dict[str, Scores]:
     """Do what is left to do of one run; its scores by metric."""
     progress.phase('training')
     run_training(tools.command('train', comparison.config_file(run.variant), '--work-dir', run.folder, '--resume',
@@ -199,50 +192,3 @@ def _val_config(comparison: Comparison, run: Run) -> Config:
                               format_only=True, outfile_prefix=str(run.folder / 'detections'))
     return cfg
 
-
-class _Progress:
-    """Lines on what is done, with an estimate of the time left: MMEngine's for the running training, and for each one
-    to come the mean of those that this call has seen from their start."""
-
-    def __init__(self, total: int, say: Say) -> None:
-        self.total = total
-        self.say = say
-        self.finished = 0
-        self.seconds: list[float] = []
-        self.start = self.spoken = time.monotonic()
-        self.run: Run | None = None
-
-    def begin(self, run: Run) -> None:
-        self.run, self.start, self.spoken = run, time.monotonic(), 0.
-
-    def phase(self, text: str) -> None:
-        self.say(f'[{self.finished + 1}/{self.total}] {self.run}: {text}')
-
-    def line(self, text: str) -> None:
-        """A line of the training's own log, of which few are shown, and only what matters."""
-        if time.monotonic() - self.spoken < QUIET and 'Epoch(val)' not in text:
-            return
-        self.spoken = time.monotonic()
-        where = re.match(r'(Epoch|Iter)\(\w+\)\s*(\[[^\]]*\]\s*)*', text)
-        loss = re.search(r' loss: ([\d.einfa+-]+)', text)
-        shown = [where[0].strip() if where else text, *([f'loss {float(loss[1]):.3f}'] if loss else []),
-                 *re.findall(r'(?:bbox|segm)_mAP: [\d.-]+', text)]
-        self.phase(' '.join(shown) + self._left(text))
-
-    def done(self, text: str, trained: bool) -> None:
-        """``trained``: whether the time that it took tells how long the others will take."""
-        self.phase(text)
-        self.finished += 1
-        if trained:
-            self.seconds.append(time.monotonic() - self.start)
-
-    def _left(self, text: str) -> str:
-        """The time left for all trainings, if MMEngine's line has its own estimate."""
-        found = ETA.search(text)
-        if not found:
-            return ''
-        days, hours, minutes, seconds = (int(each or 0) for each in found.groups())
-        own = timedelta(days, seconds, hours=hours, minutes=minutes).total_seconds()
-        each = statistics.fmean(self.seconds) if self.seconds else time.monotonic() - self.start + own
-        left = max(1, round((own + each * (self.total - self.finished - 1)) / 60))
-        return f'; all in about {left // 60} h {left % 60} min' if left >= 60 else f'; all in about {left} min'

@@ -57,7 +57,8 @@ def summary_table(contents: Contents) -> Table:
         rows.append(cells + _cost_cells(variant, columns))
     titles = [title for metric in scored for title in (TITLES[metric], 'difference')]
     return Table('At a glance', ['variant', *titles, *columns], rows, 'AP: mean ± standard deviation over seeds, and '
-                 'difference to the baseline. In brackets: over the baseline\'s; behind times the range of the rounds.')
+                 'difference to the baseline. In brackets: over the baseline\'s; for times with the range '
+                 'of the rounds, each against the baseline beside it.')
 
 
 def rich_table(table: Table) -> rich.table.Table:
@@ -121,14 +122,14 @@ def _cost_table(contents: Contents) -> Table:
         'all parameters, M': _count(baseline, 'parameters', 1e6, '.3f'),
         'optimizer state, MB': _count(baseline, 'optimizer_bytes', 1e6, '.1f'),
         'forward, GFLOPs': _count(baseline, 'forward_flops', 1e9, '.2f'),
-        'latency': _time('latency_ratios'),
-        'latency, materialized': _time('plain_latency_ratios')}
+        'latency': _time('latency'),
+        'latency, materialized': _time('plain_latency')}
     rows = [[Cell(variant.name), *_cost_cells(variant, columns)] for variant in contents.variants]
     height, width = baseline.image_size
     caption = (f'{contents.environment["device"]}; {baseline.batch} images of {height}×{width} in a training step, one '
                f'in a prediction. MB are 10⁶ bytes; the peak is the record of {baseline.peak_of}. In brackets: over '
-               'the baseline\'s. Times are ratios to the baseline\'s: the median over rounds in which both took turns '
-               'in one process, the smallest and the largest.')
+               'the baseline\'s. Times are medians over rounds in which a variant and the baseline took turns in one '
+               'process; their ratio in each round, its median, smallest and largest, is what compares variants.')
     return Table('Cost', ['variant', *columns], rows, caption)
 
 
@@ -138,7 +139,7 @@ def _main_columns(baseline: Cost) -> dict[str, Callable[[Cost], Cell]]:
             'training step, GFLOPs': _count(baseline, 'step_flops', 1e9, '.2f'),
             'saved for backward, MB': _count(baseline, 'saved_bytes', 1e6, '.1f'),
             'peak of a step, MB': _count(baseline, 'peak_bytes', 1e6, '.1f'),
-            'time of a step': _time('step_ratios')}
+            'time of a step': _time('step')}
 
 
 def _cost_cells(variant: VariantResult, columns: dict[str, Callable[[Cost], Cell]]) -> list[Cell]:
@@ -158,11 +159,12 @@ def _count(baseline: Cost, key: str, unit: float, form: str) -> Callable[[Cost],
 
 def _time(key: str) -> Callable[[Cost], Cell]:
     def cell(cost: Cost) -> Cell:
-        ratios = getattr(cost, key)
+        ratios, seconds = getattr(cost, f'{key}_ratios'), median(getattr(cost, f'{key}_seconds'))
+        text = f'{1000 * seconds:.{0 if seconds >= 0.1 else 1}f} ms'
         if set(ratios) == {1.}:
-            return Cell('1')
-        text = f'{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
-        return Cell(text, side(ratios).replace('open', ''))
+            return Cell(text)
+        return Cell(f'{text} ({median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f})',
+                    side(ratios).replace('open', ''))
     return cell
 
 

@@ -17,14 +17,12 @@ class TrainingLog:
     Args:
         loss: total loss over iterations.
         ap: AP (0 to 1) during training over iterations, by metric (``'bbox'``, ``'segm'``).
-        coefficients: for every replaced block its (a, b) over iterations, by its name in the model.
         data_share: share of an iteration's time that the training waited for data, 0 to 1 (median over the lines);
             None without such lines.
         peak_gpu_bytes: largest memory of PyTorch's allocator on the GPU; None on a CPU.
     """
     loss: Curve = field(default_factory=list)
     ap: dict[str, Curve] = field(default_factory=dict)
-    coefficients: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
     data_share: float | None = None
     peak_gpu_bytes: int | None = None
 
@@ -37,7 +35,6 @@ def read_training_log(folder: Path) -> TrainingLog:
     """
     loss, shares, memory = {}, [], []
     ap: dict[str, dict[float, float]] = {}
-    coefficients: dict[str, dict[float, tuple[float, float]]] = {}
     lines = list(_lines(folder))
     epochs: dict[float, float] = {}  # iterations that are done at the end of each; empty for trainings by iteration
     for line in lines:
@@ -52,13 +49,7 @@ def read_training_log(folder: Path) -> TrainingLog:
         for metric in ('bbox', 'segm'):
             if f'coco/{metric}_mAP' in line:
                 ap.setdefault(metric, {})[epochs.get(step, step)] = max(0., line[f'coco/{metric}_mAP'])
-        for key in line:
-            name = key.removeprefix('replacement/').removesuffix('/a')
-            if key == f'replacement/{name}/a':
-                coefficients.setdefault(name, {})[step] = line[key], line[f'replacement/{name}/b']
     return TrainingLog(sorted(loss.items()), {metric: sorted(curve.items()) for metric, curve in ap.items()},
-                       {name: [(step, *pair) for step, pair in sorted(curve.items())]
-                        for name, curve in coefficients.items()},
                        statistics.median(shares) if shares else None, max(memory) * 2**20 if memory else None)
 
 

@@ -35,7 +35,7 @@ def test_collect_averages_over_the_finished_runs_and_says_what_failed(finished, 
     assert (done.status, done.checkpoint, done.folder) == ('finished', 'epoch_1.pth', 'runs/base/seed_1')
     collected.save(tmp_path / 'report.json')
     saved = json.loads((tmp_path / 'report.json').read_text())
-    assert saved['format'] == 'rl_mmdet.report/1'
+    assert saved['format'] == 'rl_mmdet.report/2'
     assert saved['variants'][2]['options']['model.backbone.replacement.plan.k'] == 2
 
 
@@ -67,8 +67,8 @@ def test_a_truncated_or_changed_result_file_is_one_line(finished, name, content)
 
 
 def test_in_short_names_one_seed_and_a_difference_with_its_bounds(collected):
-    twin, worse = in_short(collected)
-    assert twin.startswith('twin: ') and 'AP (-1.000, but one seed only: no interval)' in twin
+    (name, twin), (_, worse) = in_short(collected)
+    assert name == 'twin' and 'AP (-1.000, but one seed only: no interval)' in twin
     low, high = collected.variants[2].difference['bbox'].widest
     assert f', between {signed(low)} and {signed(high)})' in worse
 
@@ -116,7 +116,7 @@ def lines(folder, *rows):
 
 def test_training_log_joins_the_files_of_a_resumed_training(tmp_path):
     log = read_training_log(tmp_path)
-    assert (log.loss, log.ap, log.coefficients, log.data_share, log.peak_gpu_bytes) == ([], {}, {}, None, None)
+    assert (log.loss, log.ap, log.data_share, log.peak_gpu_bytes) == ([], {}, None, None)
     train = dict(data_time=.1, time=.4, epoch=1)
     lines(tmp_path / '20260101_000000', dict(train, loss=3., step=10), dict(train, loss=2., step=20),
           {'coco/bbox_mAP': .25, 'step': 1}, dict(train, loss=1.5, step=30, epoch=2),
@@ -126,6 +126,5 @@ def test_training_log_joins_the_files_of_a_resumed_training(tmp_path):
     log = read_training_log(tmp_path)
     assert log.loss == [(10, 3.), (20, 2.), (30, 1.25), (40, 1.)]
     assert log.ap == {'bbox': [(20, .25), (40, 0.)]}
-    assert log.coefficients == {'backbone.layer1.1': [(0, .5, .4)]}
     assert log.data_share == pytest.approx(.25)
     assert log.peak_gpu_bytes == 200 * 2**20

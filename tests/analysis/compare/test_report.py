@@ -6,15 +6,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
-from rl_mmdet.analysis.compare import report
 from rl_mmdet.analysis.compare.bootstrap import Interval
 from rl_mmdet.analysis.compare.coco_scores import Scores
 from rl_mmdet.analysis.compare.contents import FIELDS, Contents, RunResult, VariantResult
 from rl_mmdet.analysis.compare.costs import Cost
 from rl_mmdet.analysis.compare.differences import Difference, spread
-from rl_mmdet.analysis.compare.plots import coefficients, curves, pareto, pareto_front, styles
+from rl_mmdet.analysis.compare.in_short import verdict
+from rl_mmdet.analysis.compare.plots import curves, pareto, pareto_front, styles
 from rl_mmdet.analysis.compare.report import escape_markdown, write_report
 from rl_mmdet.analysis.compare.training_log import TrainingLog
 from rl_mmdet.analysis.training_run import TrainingCost
@@ -67,7 +66,8 @@ def make_run(variant, seed=0, score=None, status='finished', error=None, **log):
 
 
 def make_contents(variants, runs=(), seeds=2):
-    return Contents(['python tools/compare.py --seeds 2'], {'device': 'Machine 1', 'torch': '2.x'}, 12, 34, ['cat'],
+    return Contents(['python tools/compare.py --seeds 2'], {'device': 'Machine 1', 'torch': '2.x'}, '2026-01-31',
+                    'data/pets/val.json', 12, 34, ['cat'],
                     ['bbox'], seeds, list(variants), list(runs))
 
 
@@ -77,7 +77,7 @@ def contents():
     worse = Difference(-.1, Interval(-.1, -.123, -.077, .95, 1000), -.15, -.05, 'worse')
     variants = [make_variant('base', (.4, .5)), make_variant('smaller', (.3, .4), worse, cost=.5),
                 make_variant(EVIL, (), options={'model.depth': 34, 'note': '<script>'})]
-    log = dict(loss=[(1, 2.), (2, 1.)], coefficients={'layer1.1': [(0, .5, .5), (2, .6, .4)]})
+    log = dict(loss=[(1, 2.), (2, 1.)])
     runs = [make_run('base', 0, .4, **log), make_run('base', 1, .5), make_run('smaller', 0, .3),
             make_run('smaller', 1, .4), make_run(EVIL, 0, None, 'failed', 'with a <b>trace</b>\nit ended'),
             make_run(EVIL, 1, None, 'unfinished')]
@@ -90,9 +90,7 @@ def written(contents, tmp_path_factory):
     (folder / 'figures').mkdir()
     for name in ('comparison.json', 'report.md', 'figures/pareto_segm.png', 'figures/mine.png'):
         (folder / name).write_text('before')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, 'disagreements', lambda comparison, contents: Figure())
-        write_report(None, contents, folder)
+    write_report(contents, folder)
     return folder
 
 
@@ -123,8 +121,7 @@ def test_html_is_well_formed_and_needs_nothing_else(html):
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
     assert [text for level, text in page.headings if level == 2] == [
         'In short', 'At a glance', 'Box AP', 'Cost', 'Trainings', 'Box AP against the cost of training',
-        'Course of the trainings', 'Coefficients of the replaced blocks', 'Where the detections differ most',
-        "Trainings that failed or aren't finished", 'Variants', 'How this was made']
+        'Course of the trainings', "Trainings that failed or aren't finished", 'Variants', 'How this was made']
     assert 'script' not in dict(page.tags)
     assert all(address.startswith(('#', 'data:image/')) for address in page.attributes('src', 'href'))
     assert not re.search(r'url\(|@import', html)
@@ -132,7 +129,7 @@ def test_html_is_well_formed_and_needs_nothing_else(html):
     assert len(ids) == len(set(ids))
     assert {address[1:] for address in page.attributes('href')} <= set(ids)
     images = [found for tag, found in page.tags if tag == 'img']
-    assert len(images) == 4 and all(image['alt'] for image in images)
+    assert len(images) == 2 and all(image['alt'] for image in images)
 
 
 def test_names_options_and_errors_are_escaped(html, markdown):
@@ -147,7 +144,8 @@ def test_names_options_and_errors_are_escaped(html, markdown):
 
 def test_both_reports_say_what_was_found(html, markdown):
     text = Page(html).text
-    for number in ('0.450 ± 0.071', '-0.100', '-0.123 to -0.077', '-0.150 to -0.050', '20.000 (0.50)', 'difference'):
+    for number in ('0.450 ± 0.071', '-0.100', '-0.123 to -0.077', '-0.150 to -0.050', '20.000 (0.50)', 'difference',
+                   '1000 ms', '1000 ms (0.50, 0.45 to 0.60)'):
         assert number in text and number in markdown
     assert '| ▼ -0.100 |' in markdown and re.search(r'<td class="worse">.*▼.*-0\.100</td>', html)
     assert '| ▲ 20.000 (0.50) |' in markdown and re.search(r'<td class="better">.*▲.*20\.000 \(0\.50\)</td>', html)
@@ -160,15 +158,35 @@ def test_both_reports_say_what_was_found(html, markdown):
     assert {'python tools/compare.py --seeds 2', 'Machine 1', '2.x'} <= set(text)
 
 
-def test_report_of_one_seed_or_of_nothing_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, 'disagreements', lambda comparison, contents: None)
+def test_both_reports_begin_with_date_data_and_a_verdict(html, markdown):
+    for text in (html, markdown):
+        parts = ['2026-01-31, 4 of 6 trainings finished', 'val set data/pets/val.json, 12 images with 34 objects',
+                 'In short', 'smaller loses AP (-0.100), spares peak memory of a training step.', 'better in trainable']
+        places = [text.replace('&#39;', "'").index(part) for part in parts]
+        assert places == sorted(places)
+
+
+def test_the_verdict_says_where_nothing_was_learned_and_what_the_seeds_cannot_tell():
+    open_ = Difference(.01, Interval(.01, -.1, .1, .95, 1000), -.2, .2, 'open')
+    variants = [make_variant('base', (.4, .5)), make_variant('same', (.4, .6), open_, cost=1.),
+                make_variant('dead', (.01, .012), Difference(-.4)), make_variant('young')]
+    assert verdict(make_contents(variants)) == (
+        "same may keep the baseline's AP or not (+0.010), spares neither memory nor time. "
+        'dead has learned nothing (AP 0.011). young isn\'t trained yet.')
+    variants = [make_variant('base', (.01,)), make_variant('other', (.015,), Difference(.005))]
+    assert verdict(make_contents(variants)).startswith('Nothing was learned: AP 0.010 of the baseline')
+    assert verdict(make_contents([make_variant('base')])).startswith('Nothing is known of AP yet')
+
+
+def test_report_of_one_seed_or_of_nothing_says_so(tmp_path):
     variants = [make_variant('base', (.4,)), make_variant('other', (.3,), Difference(-.1))]
-    write_report(None, make_contents(variants, [make_run('base', 0, .4), make_run('other', 0, .3)], 1), tmp_path)
+    write_report(make_contents(variants, [make_run('base', 0, .4), make_run('other', 0, .3)], 1), tmp_path)
     for name in ('report.html', 'report.md'):
         text = (tmp_path / name).read_text(encoding='utf-8').replace('&#39;', "'")
         assert 'one seed' in text and 'nothing is called better or worse in AP' in text
     variants = [VariantResult('base', 'base.py', {}), VariantResult('other', 'base.py', {'k': 2})]
-    write_report(None, Contents([], {'device': 'CPU'}, None, None, ['cat'], ['bbox'], 3, variants, []), tmp_path)
+    write_report(Contents([], {'device': 'CPU'}, '', 'val.json', None, None, ['cat'], ['bbox'], 3, variants, []),
+                 tmp_path)
     assert 'nothing known yet' in (tmp_path / 'report.md').read_text(encoding='utf-8')
     assert not list((tmp_path / 'figures').iterdir())
 
@@ -217,7 +235,7 @@ def test_curves_draw_finished_trainings_where_there_are_any():
     assert [line.get_ydata().tolist() for line in ap.lines] == [[.5]]
     assert legend(figure) == ['base', 'other']
     nothing = make_contents([make_variant('base')], [make_run('base')])
-    assert curves(nothing) is None and coefficients(nothing) is None
+    assert curves(nothing) is None
 
 
 def test_curves_smooth_the_loss_and_leave_out_what_is_not_finite():
@@ -226,20 +244,3 @@ def test_curves_smooth_the_loss_and_leave_out_what_is_not_finite():
     values = figure.axes[0].lines[0].get_ydata()
     assert len(values) == 200
     assert np.abs(values - 2).max() < .2
-
-
-def test_coefficients_have_a_panel_for_each_block_with_a_solid_and_b_dashed():
-    runs = [make_run('base'),
-            make_run('RL', coefficients={'layer1.10': [(0, .5, .5), (9, .6, .4)], 'layer1.2': [(0, .5, .5)]}),
-            make_run('RL', 1, coefficients={'layer1.10': [(0, .5, .5), (9, .7, .3)]})]
-    variants = [make_variant('base'), make_variant('RL')]
-    figure = coefficients(make_contents(variants, runs))
-    assert [axes.get_title() for axes in figure.axes] == ['layer1.2', 'layer1.10']
-    drawn = [(line.get_linestyle(), line.get_ydata().tolist()) for line in figure.axes[1].lines]
-    assert drawn == [('-', [.5, .6]), ('--', [.5, .4]), ('-', [.5, .7]), ('--', [.5, .3])]
-    assert legend(figure) == ['a', 'b', 'RL']
-    many = make_run('RL', coefficients={f'block{i}': [(0, .5, .5)] for i in range(30)})
-    figure = coefficients(make_contents(variants, [many]))
-    assert figure.get_suptitle() == '24 of 30 replaced blocks'
-    titles = [axes.get_title() for axes in figure.axes]
-    assert (len(titles), titles[0], titles[-1]) == (24, 'block0', 'block29')

@@ -37,8 +37,7 @@ def test_every_run_is_trained_with_its_seed_and_scored_and_a_failing_one_does_no
     assert arguments[0] == str(comparison.config_file('base'))
     assert '--resume' in arguments and arguments[-2:] == ['--cfg-options', 'randomness.seed=1']
     assert any('FAILED, the others go on' in line and 'out of luck' in line for line in said)
-    assert any(line.startswith('[1/6] base, seed 0: Epoch(train) [1][ 1/2] loss 1.500; all in about 6 min')
-               for line in said)
+    assert '[1/6] base, seed 0: Epoch(train) [1][ 1/2] loss 1.500' in said
     nothing = scores_of(runs['twin, seed 0'])['bbox']
     assert nothing.ap == 0 and 'no detections' in ' '.join(nothing.notes)
 
@@ -53,7 +52,7 @@ def test_a_second_call_reuses_finished_runs_and_tries_failed_ones_again(comparis
     assert len(calls(runs['base, seed 0'])) == 1 and len(calls(runs['twin, seed 1'])) == 2
     assert not (runs['twin, seed 1'].folder / 'error.txt').exists()
     assert '[1/4] base, seed 0: finished before' in said
-    assert '[4/4] twin, seed 1: Epoch(train) [1][ 1/2] loss 1.500; all in about 1 min' in said
+    assert '[4/4] twin, seed 1: Epoch(train) [1][ 1/2] loss 1.500; all in about 1 min' in said  # by the earlier ones
 
 
 def test_trainings_side_by_side_are_all_done_and_a_failing_one_does_not_stop_the_others(comparison, tools, capfd):
@@ -119,7 +118,7 @@ def test_a_val_set_without_objects_has_no_ap(comparison, tools, tmp_path):
     said = []
     train_all(comparison, tools, said.append)
     assert '[1/4] base, seed 0: bbox AP –' in said
-    write_report(comparison, contents := collect(comparison), tmp_path / 'report')
+    write_report(contents := collect(comparison), tmp_path / 'report')
     assert contents.baseline.scores['bbox']['ap'] is None
 
 
