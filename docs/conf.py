@@ -14,12 +14,15 @@ version = release = re.search(r"'(.+)'", (ROOT / 'rl_mmdet' / 'version.py').read
 
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.mathjax', 'sphinx_copybutton']
 exclude_patterns = ['_build']
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 add_module_names = False
 autodoc_member_order = 'bysource'
 autodoc_typehints_format = 'short'
 python_maximum_signature_line_length = 100
-suppress_warnings = ['myst.header']  # results/*/report.md are made by tools/compare.py
+suppress_warnings = [
+    'myst.header',  # results/*/report.md are made by tools/compare.py
+    'toc.empty_glob',  # and results.md has a title for each of them today
+]
 
 html_theme = 'furo'
 html_title = f'rl_mmdet {version}'

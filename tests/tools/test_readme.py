@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs say: commands are what the tools accept, configs load, links lead somewhere."""
+"""README.md, CONTRIBUTING.md and docs: tools accept the commands, configs load, links lead somewhere."""
 import re
 import runpy
 import shlex
@@ -185,8 +185,8 @@ def test_contributing_operator_runs_learns_and_materializes():
 
 @pytest.mark.parametrize('page', PAGES)
 def test_links_within_the_repository_lead_somewhere(page):
-    links = re.findall(r'\]\((?!\w+:)([^)\s]+)\)', PAGES[page]) + re.findall(r'^\[\w+\]: (\S+)', PAGES[page], re.MULTILINE)
-    for link in links:
+    inline = re.findall(r'\]\((?!\w+:)([^)\s]+)\)', PAGES[page])
+    for link in inline + re.findall(r'^\[\w+\]: (\S+)', PAGES[page], re.MULTILINE):
         path, _, anchor = link.partition('#')
         target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
         assert target.exists(), link
