@@ -16,6 +16,7 @@ extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphin
 exclude_patterns = ['_build']
 myst_heading_anchors = 4
 add_module_names = False
+autodoc_inherit_docstrings = False  # nn.Module's texts say nothing about our modules
 autodoc_member_order = 'bysource'
 autodoc_typehints_format = 'short'
 python_maximum_signature_line_length = 100
