@@ -94,6 +94,13 @@ setup(
         'pretrain': [
             'onedl-mmpretrain>=1.3',
         ],
+        # For `make docs`.
+        'docs': [
+            'furo',
+            'myst-parser>=5',
+            'sphinx>=8',
+            'sphinx-copybutton',
+        ],
     },
     zip_safe=False,
 )

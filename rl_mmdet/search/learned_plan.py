@@ -88,7 +88,7 @@ class RandomPlan(Plan):
     def __init__(self, budget: Mapping[str, float], seed: int = 0, image_size: Sequence[int] = (256, 256)) -> None:
         with _named('RandomPlan'):
             self.limit = ShareLimit(budget, image_size)
-            self.seed = check_number('seed', seed, whole=True, least=0)
+            self.seed = check_number('seed', seed, whole=True, least=0, below=2**63)
 
     def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
         if model is None:

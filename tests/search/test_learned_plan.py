@@ -56,7 +56,8 @@ BUDGET = 'budget must be a dict with one of params, flops, saved_bytes, such as 
        f"{share!r} (a share of the unreplaced model's forward FLOPs)") for share in (0, 1, '0.5', True, float('nan'))),
     *((dict(image_size=size), f'image_size must be (height, width) in pixels, two positive integers, got {size!r}')
       for size in (64, (64,), (64, 0), (64, 64.), '64')),
-    *((dict(seed=seed), f'seed must be an integer of at least 0, got {seed!r}') for seed in (-1, 1.5, None)),
+    *((dict(seed=seed), f'seed must be an integer of at least 0 and below {2**63}, got {seed!r}')
+      for seed in (-1, 1.5, None, 2**63)),
 ], ids=str)
 def test_wrong_arguments_are_refused(plan, arguments, message):
     with pytest.raises(ValueError, match=f'^{plan.__name__}: {re.escape(message)}$'):
@@ -68,8 +69,8 @@ def test_wrong_arguments_are_refused(plan, arguments, message):
     (dict(epochs=0), 'epochs must be an integer of at least 1, got 0'),
     (dict(iters=1.5), 'iters must be an integer of at least 1, got 1.5'),
     *((dict(temperature=t), f'temperature must be two numbers above 0, got {t!r}') for t in (1., (1.,), '12')),
-    (dict(temperature=(1., 0)), 'temperature must be a number above 0, got 0'),
-    (dict(lr=0), 'lr must be a number above 0, got 0'),
+    (dict(temperature=(1., 0)), 'temperature must be a number at least 0.001, got 0'),
+    (dict(lr=0), 'lr must be a number above 0 and at most 100, got 0'),
 ], ids=str)
 def test_a_wrong_schedule_is_refused(arguments, message):
     with pytest.raises(ValueError, match=f'^LearnedPlan: {re.escape(message)}$'):

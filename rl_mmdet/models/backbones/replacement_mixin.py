@@ -27,7 +27,7 @@ class ReplacementMixin:
             blocks alike, with the same gradients; see :mod:`~rl_mmdet.folding.fold_norm`.
         transfer: which tensors are updated, such as ``dict(type='SWR', budget=0.1)``; see
             :mod:`rl_mmdet.search.transfers`. None for all.
-        *args, **kwargs: the parent's arguments.
+        **kwargs: the parent's arguments.
 
     Raises:
         ValueError: an argument that the parent asserts to be otherwise, or what :func:`apply_settings_` refuses.

@@ -1,0 +1,5 @@
+# RL-v2: thin convolutions stand where every second block was. Take it to save computation and memory, training from
+# scratch. From pretrained weights take rl_v2_pretrained.py: there this one begins as if the blocks were left out.
+#   model = dict(backbone=dict(type='RLResNet', replacement=_base_.replacement))
+_base_ = 'replacement.py'
+replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type='SlimBlock'))
