@@ -15,10 +15,23 @@ READ = {*inspect.signature(Runner.__init__).parameters, 'activation_checkpointin
         'efficient_conv_bn_eval', 'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn',
         'tta_model', 'tta_pipeline'} - {'self', 'cfg'}
 """The top-level settings that a run reads; others are variables for these."""
+OF_MMDET_2 = {
+    'optimizer': 'optim_wrapper=dict(optimizer=...)', 'optimizer_config': 'optim_wrapper=dict(clip_grad=...)',
+    'lr_config': 'param_scheduler=[...]', 'runner': 'train_cfg=dict(max_epochs=...)',
+    'total_epochs': 'train_cfg=dict(max_epochs=...)', 'data': 'train_dataloader, val_dataloader and test_dataloader',
+    'checkpoint_config': 'default_hooks=dict(checkpoint=...)', 'log_config': 'default_hooks=dict(logger=...)',
+    'evaluation': 'val_evaluator and train_cfg=dict(val_interval=...)',
+    'fp16': "optim_wrapper=dict(type='AmpOptimWrapper')"}
+"""Top-level settings of MMDetection 2, and what to write today."""
 OF_BACKBONES = ('replacement', 'fold_norm', 'transfer')
 COUNTS = ('train_cfg.max_epochs', 'train_cfg.max_iters', 'train_cfg.val_interval', 'train_dataloader.batch_size',
           'val_dataloader.batch_size', 'test_dataloader.batch_size', 'auto_scale_lr.base_batch_size')
 """Settings that must be integers of at least 1."""
+CHOICES = {'style': ('pytorch', 'caffe'), 'nms.type': ('nms', 'soft_nms', 'nms_rotated', 'nms_quadri')}
+"""What settings of a model may be; MMDetection takes other values for one of these, or stumbles much later."""
+OF_TESTS = ('score_thr', 'nms', 'iou_threshold', 'max_per_img', 'max_per_image', 'nms_pre', 'min_bbox_size',
+            'mask_thr_binary')
+"""Settings of a model's ``test_cfg``, of which MMDetection looks for what it knows and leaves others alone."""
 
 
 def check_keys(cfg: Config) -> list[str]:
@@ -40,6 +53,8 @@ def check_keys(cfg: Config) -> list[str]:
                             f'model=dict({f"backbone=dict({key}=...)" if key in OF_BACKBONES else f"{key}=..."})')
         if key in unread and close(key, READ - {'tta_model', 'tta_pipeline'}, .85):
             raise UserError(f'{key}: nobody reads it{meant(key, READ)}')
+        if key in unread and key in OF_MMDET_2 and (key != 'data' or {'train', 'samples_per_gpu'} & set(cfg.data)):
+            raise UserError(f'{key}: it is of MMDetection 2, and nobody reads it; write {OF_MMDET_2[key]}')
     for place in COUNTS:
         section, name = place.split('.')
         value = (cfg.get(section) or {}).get(name, 1)
@@ -56,12 +71,32 @@ def check_keys(cfg: Config) -> list[str]:
     seed = (cfg.get('randomness') or {}).get('seed')
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**32):
         raise UserError(f'randomness.seed must be an integer of 0 to {2**32 - 1}, or None, got {seed!r}')
-    for section in ('model', 'optim_wrapper', 'default_hooks', 'custom_hooks', 'train_dataloader', 'val_dataloader'):
+    _check_values(cfg)
+    return unread
+
+
+def _check_values(cfg: Config) -> None:
+    """Refuse values that are taken for another one, and values with which a run loses something or doesn't end."""
+    interval = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('interval')
+    if interval == 0:
+        raise UserError('default_hooks.checkpoint.interval must be an integer of at least 1, or -1 for no checkpoints, '
+                        'got 0')
+    sampler = (cfg.get('train_dataloader') or {}).get('sampler') or {}
+    if sampler.get('type') == 'InfiniteSampler' and (cfg.get('train_cfg') or {}).get('by_epoch', 'max_epochs' in (
+            cfg.get('train_cfg') or {})):
+        raise UserError("train_dataloader.sampler.type='InfiniteSampler': an epoch would have no end; take "
+                        "DefaultSampler, or train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=...)")
+    for section in ('model', 'optim_wrapper', 'default_hooks', 'custom_hooks', 'train_dataloader', 'val_dataloader',
+                    'env_cfg', 'auto_scale_lr'):
         for place in places_in(cfg, section):
             value = at(cfg, place)
+            for name, allowed in CHOICES.items() if section == 'model' else ():
+                if '.'.join(place).endswith(f'.{name}') and isinstance(value, str) and value not in allowed:
+                    raise UserError(f'{".".join(place)} must be one of {", ".join(allowed)}, got {value!r}')
+            if 'test_cfg' in place[:-1] and place[-1] not in OF_TESTS and close(place[-1], OF_TESTS, .9):
+                raise UserError(f'{".".join(place)}: nobody reads it{meant(place[-1], OF_TESTS)}')
             if 'metainfo' not in place and isinstance(value, str) and value.lower() in ('true', 'false', 'yes', 'no'):
                 raise UserError(f'{".".join(place)} must be True or False, got the text {value!r}')
-    return unread
 
 
 def _occurs(value: Any, inside: Any) -> bool:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 
 from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
@@ -19,12 +20,15 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..errors import UserError
 from .data import Lengthened, SmallData
 from .first_batch import check_classes, initialise_, see, small_loader
-from .guard import built, find_class
+from .guard import built, find_class, meant
 from .schedule import check_step
 
 PHASES = ('train', 'val', 'test')
+AP = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+"""COCO's scores, where the evaluator doesn't name others."""
 
 
 def rehearse(cfg: Config, model: nn.Module, *phases: str) -> None:
@@ -122,7 +126,10 @@ class Rehearsal(Runner):
         self._train_loop = self.build_train_loop(self._train_loop)
         self.rehearse_optimizer()
         if self.optim_wrapper is not None:
-            self.build_param_scheduler(self.cfg.param_scheduler)
+            schedulers = self.build_param_scheduler(self.cfg.param_scheduler)
+            for each in schedulers if isinstance(schedulers, list) else chain(*schedulers.values()):
+                each.step()
+                each.step()
 
 
 PARTS = {
@@ -156,3 +163,18 @@ def _evaluate(runner: Rehearsal, phase: str, small: SmallData, seen: tuple | Non
         evaluator.dataset_meta = getattr(runner, f'_{phase}_dataloader').dataset.metainfo
         evaluator.process(data_samples=predictions, data_batch=batch)
         evaluator.evaluate(len(predictions))
+        if phase == 'val' and not any(each.classwise or set(each.metrics) - {'bbox', 'segm'}
+                                      for each in evaluator.metrics):
+            _check_best(runner.cfg, [f'{each.prefix}/{kind}_{item}' for each in evaluator.metrics
+                                     for kind in each.metrics for item in each.metric_items or AP])
+
+
+def _check_best(cfg: Config, scores: list[str]) -> None:
+    """Refuse a score by which a checkpoint is the best, or a training is stopped early, and that nobody computes."""
+    best = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('save_best') or []
+    wanted = [('default_hooks.checkpoint.save_best', name) for name in ([best] if isinstance(best, str) else best)]
+    wanted += [(f'custom_hooks.{index}.monitor', hook['monitor'])
+               for index, hook in enumerate(cfg.get('custom_hooks') or []) if 'monitor' in hook]
+    for setting, name in wanted:
+        if name not in ('auto', *scores):
+            raise UserError(f'{setting}: no score is called {name!r}{meant(name, scores)}')

@@ -23,11 +23,17 @@ MISTAKES = {
     'backbone at the top': (dict(backbone=dict(depth=18)), 'backbone: nobody reads it here; write model='),
     'custom key misspelt': ({'optim_wrapper.paramwise_cfg': dict(custom_keys={'backbone': dict(lr_mul=.1)})},
                             "paramwise_cfg.custom_keys['backbone'].lr_mul: nobody reads it; did you mean lr_mult?"),
+    'of MMDetection 2': (dict(lr_config=dict(policy='step')), 'lr_config: it is of MMDetection 2, and nobody reads'),
+    'setting of a test misspelt': ({'model.test_cfg.max_per_imgs': 9}, 'max_per_imgs: nobody reads it; did you mean '),
+    'score misspelt': ({'default_hooks.checkpoint.save_best': 'coco/bbox_mAPP'}, "no score is called 'coco/bbox_mAPP'; "
+                                                                                 'did you mean coco/bbox_mAP '),
     'prefix misspelt': ({'val_dataloader.dataset.data_prefix.image': 'x/'}, "data_prefix.image: CocoDataset "),
     # a value of another kind
     'text for a truth value': ({'model.backbone.norm_eval': 'no'}, "norm_eval must be True or False, got the "),
     'dict for a truth value': ({'model.backbone.fold_norm': {}}, 'fold_norm must be True or False, got {}'),
     'count': ({'train_cfg.val_interval': 0}, 'train_cfg.val_interval must be an integer of at least 1, got 0'),
+    'no checkpoint': ({'default_hooks.checkpoint.interval': 0}, 'or -1 for no checkpoints, got 0'),
+    'style': ({'model.backbone.style': 'x'}, "model.backbone.style must be one of pytorch, caffe, got 'x'"),
     'hook interval': ({'default_hooks.checkpoint.interval': 'x'}, "checkpoint.interval must be int, got 'x'"),
     'huge rate': ({'optim_wrapper.optimizer.lr': 1e30}, 'optim_wrapper.optimizer.lr must be a number of 0 to 1000'),
     'not a number': ({'optim_wrapper.optimizer.weight_decay': float('nan')}, 'weight_decay must be finite, got nan'),
@@ -49,7 +55,10 @@ MISTAKES = {
     'weights without a file': (
         {'model.backbone.init_cfg': dict(_delete_=True, type='Pretrained')}, 'model.backbone.init_cfg must'),
     'transform settings': (pipeline(LOAD, BOXES, dict(type='Resize', scale=(0, 0)), PACK), f'{PIPELINE}.2='),
+    'schedule': (dict(param_scheduler=[dict(type='LinearLR', start_factor=0, by_epoch=False, end=2)]),
+                 'param_scheduler.0='),
     # parts that don't fit each other
+    'epoch without an end': ({'train_dataloader.sampler': dict(type='InfiniteSampler')}, 'an epoch would have no end'),
     'channels': ({'model.neck.in_channels': [4, 8, 16, 33]}, '[4, 8, 16, 33], but model.backbone gives 4 maps '
                                                              'with [4, 8, 16, 32] channels'),
     'number of maps': ({'model.backbone.out_indices': (1, 2, 3)}, 'model.backbone gives 3 maps'),
