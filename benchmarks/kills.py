@@ -115,10 +115,26 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], value) for key, value in other.items())
 
 
+def page(counts: Counter, args: argparse.Namespace) -> str:
+    """The result page."""
+    return '\n'.join([
+        '# Killed trainings', '',
+        'A training of a few seconds (ATSS, R-34, digit scenes, RandomFlip, shuffled data, one checkpoint kept) is '
+        'killed at random moments, resumed by `--resume`, killed again, up to four times, and then let to its end. '
+        '*Same weights*: bit for bit those of a training that nobody has disturbed. *Went back*: it began from an '
+        'older checkpoint than it had begun from before.', '',
+        '| | count |', '|---|---:|',
+        *(f'| {name} | {counts[name]} |' for name in (
+            'kills', 'by SIGKILL', 'by SIGTERM', 'something of the checkpoint was written', 'trainings',
+            'checkpoints passed over', 'failed', 'went back', 'ended by itself', 'same weights')), '',
+        f'Made by `python benchmarks/kills.py --kills {args.kills} --out docs/results/kills.md` on a CPU.', ''])
+
+
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=positive, default=100)
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
+    parser.add_argument('--out', type=Path, metavar='FILE.md', help='write the result page')
     return parser.parse_args()
 
 
@@ -142,6 +158,8 @@ def main() -> None:
             one_training(config, work, seconds, counts)
             shutil.rmtree(work)
             print(json.dumps(counts), flush=True)
+    if args.out:
+        args.out.write_text(page(counts, args))
 
 
 if __name__ == '__main__':

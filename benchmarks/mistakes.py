@@ -3,6 +3,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -134,7 +135,8 @@ def main() -> None:
         write_data(Path(folder))
         found = []
         for case in cases:
-            found.append(outcome(case['fragment'], Path(folder)))
+            kind, line = outcome(case['fragment'], Path(folder))
+            found.append((kind, re.sub(rf'{folder}(/tmp\w+)?', 'DATA', line)))
             print(case['name'], *found[-1], sep=' | ', flush=True)
     if args.out:
         args.out.write_text(page(cases, found))

@@ -1,4 +1,4 @@
-"""Show the blocks of a config's backbone: kept or replaced, by which neighbours, or why not."""
+"""Show the blocks of a config's backbone: kept or replaced, by which neighbours, or why not; or what could be saved."""
 import argparse
 
 from rl_mmdet_cli import config_arguments, start
@@ -8,6 +8,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Show the blocks of a config\'s backbone',
                                      parents=[config_arguments()])
     parser.add_argument('--checkpoint', help='a baseline\'s weights: adds the fit residual of replaced blocks')
+    parser.add_argument('--savings', action='store_true', help='instead: what RL-v1, RL-v2 and fold_norm would save of '
+                        'a training step, at the config\'s own batch and image size (a minute)')
     return parser.parse_args()
 
 
@@ -16,9 +18,15 @@ def main(args: argparse.Namespace) -> None:
 
     from rl_mmdet import analysis, engine
     cfg = engine.load_config(args.config, args.cfg_options)
-    table = analysis.block_table(cfg, args.checkpoint, args.allow_pickle)
+    lines = []
+    if args.savings:
+        table, lines = analysis.savings_table(cfg)
+    else:
+        table = analysis.block_table(cfg, args.checkpoint, args.allow_pickle)
     console = Console()
     console.print(table) if console.is_terminal else Console(width=160).print(table)
+    if lines:
+        print('in the config, model.backbone gets', *lines, sep='\n')
 
 
 if __name__ == '__main__':

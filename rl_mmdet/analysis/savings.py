@@ -1,0 +1,205 @@
+"""What Replacement Learning would save of a backbone's training step, before anything is trained."""
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..engine import UserError
+from ..engine.preflight import build_model
+from ..models.backbones.rl_backbone import NAMED
+from ..replacement import set_step_
+from ..replacement.flops import count_flops
+from ..replacement.saved_bytes import saved_bytes
+from .blocks import backbone_cfg
+from .cost import mean_over_steps, trainable_parameters
+
+SIDE, WINDOWED = 64, 224
+"""Side in pixels of the smallest image that is counted, and where there is attention: windows of patches divide it."""
+PLAN = dict(type='EveryKth', k=2)
+SETTINGS = ('replacement', 'fold_norm', 'transfer')
+"""What a backbone without Replacement Learning doesn't have."""
+
+
+class StepCost(NamedTuple):
+    """What a backbone's training step costs: parameters that learn, FLOPs, and bytes that are kept for backward."""
+    trainable: float
+    flops: float
+    saved: float
+
+
+def savings_table(cfg: Config) -> tuple[Table, list[str]]:
+    """Tabulate what RL-v1, RL-v2 and ``fold_norm`` save of the backbone's training step.
+
+    FLOPs and bytes are counted for small images. Both are linear in the number of pixels, and with attention, for which
+    three sizes are counted, of degree 2: good to a few per cent where images are padded to windows. Nothing is timed.
+
+    Args:
+        cfg: a detector's config, with or without replacement; it stays as it is.
+
+    Returns:
+        The table, and for each of its rows how to write that into a config, or why it can't be had here.
+
+    Raises:
+        UserError: the config has no backbone, or one that can't be built.
+    """
+    size, batch = _images_of(cfg)
+    table = Table(title=f'the backbone\'s training step, {batch} images of {size[0]}×{size[1]}',
+                  caption='counted, not timed; in brackets: over the baseline\'s; kept: for backward')
+    table.add_column('setting')
+    for column in ('learns, M', 'GFLOPs', 'kept, MB'):
+        table.add_column(column, justify='right')
+    baseline, lines = None, []
+    for name, settings in variants_of(cfg):
+        try:
+            cost = step_cost(cfg, settings, size, batch)
+        except UserError as error:
+            if baseline is None:
+                raise
+            lines.append(f'{name}: not here, {error}')
+            continue
+        baseline = baseline or cost
+        table.add_row(name, *(_beside(own / unit, other / unit, digits) for own, other, unit, digits in zip(
+            cost, baseline, (1e6, 1e9, 1e6), (2, 0, 0), strict=True)))
+        if settings:
+            lines.append(f'{name}: {_text(settings)}')
+    return table, lines
+
+
+def saving_lines(cfg: Config) -> list[str]:
+    """What the config's own settings save, in one line; none where it has none, or where that can't be counted."""
+    settings, (size, batch) = own_settings(cfg), _images_of(cfg)
+    if not settings.get('replacement') and not settings.get('fold_norm'):
+        return []
+    try:
+        base, own = (step_cost(cfg, each, size, batch) for each in ({}, settings))
+    except UserError:  # it can't be run alone, or is searched and not known yet
+        return []
+    return [f'the backbone\'s training step, {batch} images of {size[0]}×{size[1]}, over the baseline\'s: parameters '
+            f'that learn {own.trainable / base.trainable:.2f}, FLOPs {own.flops / base.flops:.2f}, bytes kept for '
+            f'backward {own.saved / base.saved:.2f}']
+
+
+def variants_of(cfg: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is compared, by name: the settings that a backbone gets. The plan is the config's, if it has one."""
+    own = own_settings(cfg)
+    plan = (own.get('replacement') or {}).get('plan') or PLAN
+    fold, slim = dict(norm_eval=True, fold_norm=True), dict(plan=plan, operator=dict(type='SlimBlock'))
+    variants = {
+        'RL-v1': dict(replacement=dict(plan=plan)),
+        'RL-v2, SlimBlock': dict(replacement=slim),
+        'fold_norm': fold,
+        'RL-v1, fold_norm': dict(replacement=dict(plan=plan), **fold),
+        'RL-v1, recompute, fold_norm': dict(replacement=dict(plan=plan, gradient=dict(recompute=True)), **fold),
+        'RL-v2, SlimBlock, fold_norm': dict(replacement=slim, **fold)}
+    yield 'baseline', {}
+    if own and own not in variants.values():
+        yield 'this config', own
+    yield from variants.items()
+
+
+def own_settings(cfg: Config) -> dict[str, Any]:
+    """What of Replacement Learning the config's backbone has."""
+    given = Config(dict(backbone=backbone_cfg(cfg))).to_dict()['backbone']
+    return {key: given[key] for key in SETTINGS if given.get(key)}
+
+
+def step_cost(cfg: Config, settings: Mapping[str, Any], size: Sequence[int], batch: int) -> StepCost:
+    """The cost of a training step of the config's backbone with other settings.
+
+    Args:
+        cfg: a detector's config.
+        settings: what the backbone has of Replacement Learning.
+        size: height and width of the images in pixels.
+        batch: how many images.
+
+    Raises:
+        UserError: the backbone doesn't take the settings, or can't be run on such images.
+    """
+    backbone = _build(cfg, settings)
+    backbone.train()
+    attention = any(hasattr(module, 'num_heads') for module in backbone.modules())
+    side = WINDOWED if attention else SIDE
+    sizes = [(side, side), (2 * side, 2 * side), *([(side, 2 * side)] if attention else [])]
+    try:
+        counts = np.array([_counts(backbone, each) for each in sizes], dtype=float)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(f'{type(backbone).__name__} can\'t be run alone: {error}') from error
+    pixels = [height * width for height, width in sizes]
+    fits = [np.polyfit(pixels, each, len(sizes) - 1) for each in counts.T]
+    # What there is without pixels, of made weights for instance, is there once in a batch.
+    flops, saved = (fit[-1] + batch * (np.polyval(fit, size[0] * size[1]) - fit[-1]) for fit in fits)
+    return StepCost(trainable_parameters(backbone), flops, saved)
+
+
+def _images_of(cfg: Config) -> tuple[tuple[int, int], int]:
+    """Height and width in pixels of the padded images that the train pipeline gives at most, and how many a batch has.
+
+    800×1344 and 1 where the config doesn't tell.
+    """
+    found: list[tuple[int, int]] = []
+    dataset = (cfg.get('train_dataloader') or {}).get('dataset') or {}
+    while 'pipeline' not in dataset and isinstance(dataset.get('dataset'), Mapping):
+        dataset = dataset['dataset']
+    for transform in dataset.get('pipeline') or []:
+        for key in ('scale', 'scales', 'img_scale', 'crop_size'):
+            value = transform.get(key)
+            sizes = value if isinstance(value, list) and value and isinstance(value[0], (list, tuple)) else [value]
+            sizes = [each for each in sizes if isinstance(each, (list, tuple)) and len(each) == 2
+                     and all(isinstance(side, int) for side in each)]
+            if sizes:
+                width, height = max(sizes, key=lambda each: each[0] * each[1])
+                found.append((height, width))
+    height, width = found[-1] if found else (800, 1333)
+    batch = (cfg.get('train_dataloader') or {}).get('batch_size', 1)
+    return (-(-height // 32) * 32, -(-width // 32) * 32), batch
+
+
+def _build(cfg: Config, settings: Mapping[str, Any]) -> nn.Module:
+    """The config's backbone with other settings, with random weights."""
+    given = copy.deepcopy(Config(dict(backbone=backbone_cfg(cfg))).to_dict()['backbone'])
+    given = {key: value for key, value in given.items() if key not in SETTINGS} | dict(init_cfg=None)
+    if given.get('norm_cfg', {}).get('type') in ('SyncBN', 'MMSyncBN'):
+        given['norm_cfg'] = dict(given['norm_cfg'], type='BN')
+    kind = MODELS.get(given['type']) if isinstance(given['type'], str) else given['type']
+    if kind in NAMED:
+        given['type'] = NAMED[kind].__name__
+    elif settings and not (isinstance(given['type'], str) and 'RL' in given['type']):
+        given = dict({key: value for key, value in given.items() if key != 'type'}, type='RLBackbone',
+                     backbone=given['type'])
+    return build_model(Config(dict(model=given | copy.deepcopy(dict(settings)),
+                                   default_scope=cfg.get('default_scope', 'mmdet'))))
+
+
+def _counts(backbone: nn.Module, size: tuple[int, int]) -> tuple[float, int]:
+    """FLOPs of a step on one image, the mean over steps, and bytes kept for backward."""
+    image = torch.zeros(1, 3, *size)
+
+    def step() -> None:
+        outputs = [out for out in tree_leaves(backbone(image)) if isinstance(out, Tensor) and out.requires_grad]
+        torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
+        backbone.zero_grad()
+
+    flops = mean_over_steps(backbone, lambda: count_flops(step))
+    set_step_(backbone, 0)
+    return flops, saved_bytes(backbone, lambda: backbone(image))
+
+
+def _beside(own: float, base: float, digits: int) -> str:
+    """A number, and in brackets what it is over the baseline's, where it is another one."""
+    return f'{own:.{digits}f}' + (f' (×{own / base:.2f})' if own != base else '')
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    """Settings as one writes them in a config."""
+    def written(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return f'dict({", ".join(f"{key}={written(each)}" for key, each in value.items())})'
+        return repr(value)
+    return ', '.join(f'{key}={written(value)}' for key, value in settings.items())
