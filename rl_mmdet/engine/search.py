@@ -15,7 +15,7 @@ from .errors import UserError
 from .reading import read_checkpoint
 
 FOUND = 'found'
-"""Key of checkpoints saved after a search: the setting that it has found."""
+"""Key in the ``meta`` of checkpoints saved after a search: the setting that it has found."""
 SEARCH = 'search'
 """Key of checkpoints saved during a search: its state."""
 
@@ -73,7 +73,11 @@ def take_found_(cfg: Config, checkpoint: str | None, allow_pickle: bool = False)
     Raises:
         UserError: the checkpoint can't be read.
     """
-    found = read_checkpoint(checkpoint, allow_pickle).get(FOUND) if checkpoint and searches_of(cfg) else None
+    if not checkpoint or not searches_of(cfg):
+        return
+    read = read_checkpoint(checkpoint, allow_pickle)
+    meta = read.get('meta')
+    found = (isinstance(meta, Mapping) and meta.get(FOUND)) or read.get(FOUND)  # where older ones have it
     if found:
         set_found_(cfg, found)
         cfg.custom_hooks.append(dict(type='SearchHook', found=found))  # so that later checkpoints know it as well
