@@ -97,7 +97,7 @@ def set_found_(cfg: Config, found: Mapping[str, Any]) -> None:
 
 def found_config(cfg: Config) -> Config:
     """The config of a run whose search has ended, for a run from its start."""
-    cfg = Config(deepcopy(cfg._cfg_dict))
+    cfg = Config(cfg.to_dict())  # names in the place of the classes that a lazy config has
     if cfg.get('resume'):
         cfg.load_from, cfg.resume = None, False
     for name in ('work_dir', 'launcher', 'experiment_name'):
