@@ -621,6 +621,13 @@ def test_testing_what_was_saved_during_the_search_is_refused(config, whole, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_testing_a_replaced_model_of_which_nobody_knows_what_was_found_is_refused(config, whole, tmp_path):
+    saved = read_checkpoint(f'{whole[0].work_dir}/epoch_{EPOCHS}.pth')
+    torch.save(saved['state_dict'], tmp_path / 'weights.pth')
+    with pytest.raises(UserError, match=r'weights have none for .* after a search .* use the config .*_found\.py'):
+        check_testing(load_config(config, work_dir=str(tmp_path / 'work')), str(tmp_path / 'weights.pth'))
+
+
 def test_a_checkpoint_after_the_search_does_not_begin_another_one(whole, config, tmp_path):
     """load_from isn't resume: the config still asks for a search, which the found weights don't fit."""
     reference, _ = whole

@@ -130,7 +130,8 @@ def _check_unfinished(model: nn.Module, state_dict: dict[str, Any], prefix: str)
     if gone and any(key.startswith(prefix) for key in state_dict):
         raise ValueError(f'the config asks for a search for a plan, and these weights have none for {_first(gone)}, as '
                          'after a search that has replaced them; use the config with the plan that it has found: '
-                         "<config>_found.py in its work dir, also in the checkpoint's meta['cfg']")
+                         "<config>_found.py in its work dir, also in the checkpoint's meta['cfg'], or materialize the "
+                         'checkpoint to search again')
 
 
 def _with_copies(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
