@@ -43,8 +43,8 @@ def plain_config(cfg: Config) -> tuple[Config, list[str]]:
                                 (cfg.get('optim_wrapper') or {}, 'constructor', OPTIM_WRAPPER_CONSTRUCTORS)):
         if node.get(key):
             node[key] = _extended(registry, node[key])
-    ours = _names_of_ours()
-    needs = sorted(ours & {_name(node['type']) for node in nested_dicts(cfg._cfg_dict) if node.get('type')})
+    types = {str(node.get('type')).rpartition('.')[2] for node in nested_dicts(cfg.to_dict())}
+    needs = sorted(types & _names_of_ours())
     _set_import_(cfg, bool(needs))
     return cfg, needs
 
@@ -62,20 +62,17 @@ def _plain(node: Any) -> Any:
         return node
     replacement = node.get('replacement')
     plain = {key: value for key, value in node.items() if key not in SETTINGS}
-    if replacement is not None and not isinstance(_setting(OPERATORS, replacement, 'FullBlock'), FullBlock):
+    operator = build_setting(OPERATORS, (replacement or {}).get('operator'), default='FullBlock')
+    if not isinstance(operator, FullBlock):
         blocks = MODELS.build(deepcopy(node)).replacement_report.replaced
-        own = dict(type='OwnWeights', adapt=_setting(FUSIONS, replacement, 'ScalarFusion').adapt)
-        return plain | dict(replacement=dict(plan=dict(type='Blocks', blocks=blocks), fusion=own,
-                                             operator=replacement['operator']))
+        adapt = build_setting(FUSIONS, replacement.get('fusion'), default='ScalarFusion').adapt
+        return plain | dict(replacement=dict(
+            plan=dict(type='Blocks', blocks=blocks), fusion=dict(type='OwnWeights', adapt=adapt),
+            operator=replacement['operator']))
     if cls is build_rl_backbone and plain.get('backbone') is not None:
         backbone = plain.pop('backbone')
         return _plain(plain | (backbone if isinstance(backbone, Mapping) else dict(type=backbone)))
     return plain | dict(type=_extended(MODELS, plain['type']))
-
-
-def _setting(registry: Registry, replacement: Mapping[str, Any], default: str) -> Any:
-    """The operator or the fusion that is in a replacement's settings."""
-    return build_setting(registry, replacement.get(registry.name), default)
 
 
 def _extended(registry: Registry, kind: str | type) -> str | type:
@@ -96,11 +93,6 @@ def _class_of(registry: Registry, kind: Any) -> Any:
 
 def _is_ours(item: Any) -> bool:
     return getattr(item, '__module__', '').startswith(f'{PACKAGE}.')
-
-
-def _name(kind: str | type) -> str:
-    """The last part of a type's name."""
-    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
 
 
 def _names_of_ours() -> set[str]:
