@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..engine import UserError
-from ..engine.preflight import build_model
+from ..engine.preflight import build_model, nothing_global
 from ..models.backbones.rl_backbone import NAMED
 from ..replacement import set_step_
 from ..replacement.flops import count_flops
@@ -122,7 +122,12 @@ def step_cost(cfg: Config, settings: Mapping[str, Any], size: Sequence[int], bat
     Raises:
         UserError: the backbone doesn't take the settings, or can't be run on such images.
     """
-    backbone = _build(cfg, settings)
+    with nothing_global():
+        return _step_cost(_build(cfg, settings), size, batch)
+
+
+def _step_cost(backbone: nn.Module, size: Sequence[int], batch: int) -> StepCost:
+    """The cost of a backbone's training step."""
     backbone.train()
     attention = any(hasattr(module, 'num_heads') for module in backbone.modules())
     side = WINDOWED if attention else SIDE

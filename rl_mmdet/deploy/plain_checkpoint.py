@@ -1,5 +1,7 @@
 """A replaced detector's checkpoint as an ordinary baseline checkpoint."""
+import os
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -9,22 +11,33 @@ from torch import Tensor, nn
 
 from ..engine import UserError, build_model, load_checkpoint_, read_checkpoint
 from ..engine.detectors import inner_detectors
-from ..engine.files import check_new_file, written_whole
+from ..engine.files import check_new_file, write_text, written_whole
 from ..replacement import computing_layers, materialize
 from ..replacement.operators import FullBlock
+from .plain_config import plain_config
 
 
 class Plain(NamedTuple):
-    """The computing layers that :func:`save_plain_checkpoint` made plain, and the light operators among them."""
+    """What :func:`save_plain_checkpoint` has made.
+
+    Args:
+        blocks: the computing layers that are plain now.
+        light: the light operators among them.
+        config: the file with the config.
+        needs: the types in that config for which it needs rl_mmdet.
+    """
     blocks: list[str]
     light: list[str]
+    config: str
+    needs: list[str]
 
     def describe(self) -> str:
         """One line for the user: how many layers there are, and which config loads the checkpoint."""
-        if not self.light:
-            return f'{len(self.blocks)} computing layers are plain blocks now; use it with the baseline\'s config'
-        return (f'{len(self.blocks)} computing layers are ordinary layers now ({", ".join(self.light)}); use it with '
-                "this config and fusion=dict(type='OwnWeights') in its replacement")
+        now = f'ordinary layers now ({", ".join(self.light)})' if self.light else 'plain blocks now'
+        baseline = '' if self.light else "; the baseline's fits as well"
+        needs = f'; it needs rl_mmdet for {", ".join(self.needs)}' if self.needs else ''
+        return (f'{len(self.blocks)} computing layers are {now}; its config is in the file and in {self.config}'
+                f'{needs}{baseline}')
 
 
 SIDES = (64, 128, 224, 256, 384, 512)
@@ -33,39 +46,49 @@ SIDES = (64, 128, 224, 256, 384, 512)
 
 def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, *, ignore_keys: Sequence[str] = (),
                           allow_pickle: bool = False) -> Plain:
-    """Materialize a trained detector and save it as an ordinary checkpoint.
+    """Materialize a trained detector and save it as an ordinary checkpoint, with its config in ``meta`` and beside it.
 
-    With ``FullBlock`` it is one for the baseline's config. With a light operator ordinary layers stand where the blocks
-    were; the detector's own config loads it with ``fusion=dict(type='OwnWeights')`` in its ``replacement``.
+    With ``FullBlock`` it is one for the baseline's config, too. With a light operator ordinary layers stand where the
+    blocks were, and the config has ``fusion=dict(type='OwnWeights')`` in its ``replacement``.
 
     Args:
         cfg: the config the detector was trained with.
         checkpoint: its checkpoint.
-        out: file to write, with the keys ``state_dict`` and ``meta``; must not exist.
+        out: file to write, with the keys ``state_dict`` and ``meta``. Neither it nor the config, the same name with
+            ``.py``, may exist.
         ignore_keys, allow_pickle: see :func:`~rl_mmdet.engine.load_checkpoint_`.
 
     Returns:
-        The names of the computing layers that became plain, and of the light operators among them.
+        What was made plain, and what the config needs.
 
     Raises:
-        UserError: the checkpoint doesn't fit the config, isn't this model's own, or ``out`` exists.
+        UserError: the checkpoint doesn't fit the config, isn't this model's own, or a file to be written exists.
     """
-    check_new_file(out)
+    config = f'{os.path.splitext(out)[0]}.py'
+    if out == config:
+        raise UserError(f'{out}: a config of that name is written beside the checkpoint; call this one *.pth')
+    for file in (out, config):
+        check_new_file(file)
     model = build_model(cfg, allow_pickle).eval()
     report = load_checkpoint_(model, checkpoint, ignore=ignore_keys, allow_pickle=allow_pickle)
     layers = computing_layers(model)
     if not layers or report.fits:
         raise UserError(f'{checkpoint}: it is an ordinary checkpoint already')
     try:
-        plain = materialize(model)
+        weights = materialize(model).state_dict()
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
+    plain_cfg, needs = plain_config(cfg)
+    plain = build_model(deepcopy(plain_cfg), allow_pickle).eval()
+    plain.load_state_dict(weights)
     _check_same(model, plain)
     classes = read_checkpoint(checkpoint, allow_pickle).get('meta', {}).get('dataset_meta')
+    text = plain_cfg.pretty_text
     with written_whole(out) as file:
-        torch.save(dict(state_dict=plain.state_dict(), meta=dict(dataset_meta=classes)), file)
+        torch.save(dict(state_dict=weights, meta=dict(cfg=text, dataset_meta=classes)), file)
+    write_text(config, text)
     light = {type(layer.operator).__name__ for layer in layers.values() if not isinstance(layer.operator, FullBlock)}
-    return Plain(list(layers), sorted(light))
+    return Plain(list(layers), sorted(light), config, needs)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from .errors import UserError
 from .reading import read_checkpoint
 
 FOUND = 'found'
-"""Key of checkpoints saved after a search: the setting that it has found."""
+"""Key in the ``meta`` of checkpoints saved after a search: the setting that it has found."""
 SEARCH = 'search'
 """Key of checkpoints saved during a search: its state."""
 
@@ -73,7 +73,11 @@ def take_found_(cfg: Config, checkpoint: str | None, allow_pickle: bool = False)
     Raises:
         UserError: the checkpoint can't be read.
     """
-    found = read_checkpoint(checkpoint, allow_pickle).get(FOUND) if checkpoint and searches_of(cfg) else None
+    if not checkpoint or not searches_of(cfg):
+        return
+    read = read_checkpoint(checkpoint, allow_pickle)
+    meta = read.get('meta')
+    found = (isinstance(meta, Mapping) and meta.get(FOUND)) or read.get(FOUND)  # where older ones have it
     if found:
         set_found_(cfg, found)
         cfg.custom_hooks.append(dict(type='SearchHook', found=found))  # so that later checkpoints know it as well
@@ -93,7 +97,7 @@ def set_found_(cfg: Config, found: Mapping[str, Any]) -> None:
 
 def found_config(cfg: Config) -> Config:
     """The config of a run whose search has ended, for a run from its start."""
-    cfg = Config(deepcopy(cfg._cfg_dict))
+    cfg = Config(cfg.to_dict())  # names in the place of the classes that a lazy config has
     if cfg.get('resume'):
         cfg.load_from, cfg.resume = None, False
     for name in ('work_dir', 'launcher', 'experiment_name'):

@@ -315,8 +315,20 @@ def test_checkpoints_have_the_policys_state_and_then_the_plan(whole):
     runner, trace = whole
     files = [read_checkpoint(f'{runner.work_dir}/epoch_{epoch}.pth') for epoch in range(1, EPOCHS + 1)]
     assert ['search' in file for file in files] == [True, True, False, False, False, False]
-    assert [file.get('found') for file in files] == [None] * 2 + [
-        dict(plan=dict(type='Blocks', blocks=plan_of(runner.model)))] * 4
+    found = dict(type='Blocks', blocks=plan_of(runner.model))
+    assert [file['meta'].get('found') for file in files] == [None] * 2 + [dict(plan=found)] * 4
+    for text in (files[-1]['meta']['cfg'], files[-1]['message_hub']['runtime_info']['cfg']):
+        assert Config.fromstring(text, '.py').model.backbone.replacement.plan == found
+
+
+@pytest.mark.parametrize('published', [True, False], ids=['weights and meta alone', 'as an older version saved it'])
+def test_what_was_found_is_known_from_other_files_as_well(config, whole, tmp_path, published):
+    saved = read_checkpoint(f'{whole[0].work_dir}/epoch_{EPOCHS}.pth')
+    older = saved | dict(found=saved['meta']['found'], meta={})
+    torch.save({key: saved[key] for key in ('meta', 'state_dict')} if published else older, tmp_path / 'other.pth')
+    cfg = load_config(config)
+    take_found_(cfg, str(tmp_path / 'other.pth'))
+    assert cfg.model.backbone.replacement.plan == dict(type='Blocks', blocks=plan_of(whole[0].model))
 
 
 def test_the_log_shows_how_the_search_goes(whole):
@@ -607,6 +619,13 @@ def test_testing_what_was_saved_during_the_search_is_refused(config, whole, tmp_
     with pytest.raises(UserError, match="wasn't saved after the search.*train until the search has ended"):
         check_testing(cfg, checkpoint)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_testing_a_replaced_model_of_which_nobody_knows_what_was_found_is_refused(config, whole, tmp_path):
+    saved = read_checkpoint(f'{whole[0].work_dir}/epoch_{EPOCHS}.pth')
+    torch.save(saved['state_dict'], tmp_path / 'weights.pth')
+    with pytest.raises(UserError, match=r'weights have none for .* after a search .* use the config .*_found\.py'):
+        check_testing(load_config(config, work_dir=str(tmp_path / 'work')), str(tmp_path / 'weights.pth'))
 
 
 def test_a_checkpoint_after_the_search_does_not_begin_another_one(whole, config, tmp_path):

@@ -173,7 +173,7 @@ def test_two_processes_end_with_the_chosen_tensors_updated_and_no_others(config,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-2000:]
     saved, before = read_checkpoint(str(folder / 'ddp/epoch_2.pth')), read_checkpoint(base)['state_dict']
-    names = {f'backbone.{name}' for name in saved['found']['transfer']['names']}
+    names = {f'backbone.{name}' for name in saved['meta']['found']['transfer']['names']}
     changed = {name for name, tensor in saved['state_dict'].items()
                if name.startswith('backbone.') and not torch.equal(tensor, before[name])}
     assert changed and changed <= names

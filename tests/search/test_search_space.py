@@ -123,6 +123,17 @@ def test_its_own_state_is_taken_as_it_is(toy, randomise_, assert_same_state, cap
     assert not any(layer.norm_stale for layer in computing_layers(other).values())
 
 
+@pytest.mark.parametrize('operator', ['FullBlock', 'SlimBlock', 'Skip'])
+def test_weights_of_a_plan_that_was_found_are_refused(toy, tmp_path, operator):
+    """MMEngine would only log which keys are missing, and leave the replaced blocks random."""
+    saved = toy(CHOICE, operator=dict(type=operator)).state_dict()
+    torch.save({f'backbone.{key}': value for key, value in saved.items()}, tmp_path / 'found.pth')
+    whole = nn.Module()
+    whole.backbone = toy(operator=dict(type=operator))
+    with pytest.raises(ValueError, match=r'none for layer1.1, layer2.2, layer2.3, as after a search.*_found\.py'):
+        load_checkpoint(whole, str(tmp_path / 'found.pth'))
+
+
 @pytest.mark.slow
 def test_a_baseline_whose_convolutions_make_buffers_as_they_load(randomise_):
     """DetectoRS' do, of their weights."""

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from mmdet.apis import DetInferencer
 from mmdet.registry import HOOKS
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -121,6 +123,16 @@ def test_a_trained_search_is_tested_by_its_own_and_by_the_found_config_and_mater
     baseline = write_tiny_config(tmp_path, 'atss_r34_fpn_digits.py', BASELINE)
     plain, _ = predict(baseline, tmp_path / 'plain.pth', f'data_root={Path(config).parent}/digits/')
     assert_same_predictions(plain, own, rtol=1e-3, atol=1e-3)
+
+
+def test_without_our_tools_the_checkpoint_alone_is_the_found_model(whole, config):
+    """MMDetection's own way to use a file builds the config in it."""
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    last = str(whole / f'epoch_{EPOCHS}.pth')
+    alone, found = (DetInferencer(model, last, 'cpu', show_progress=False)(picture)['predictions']
+                    for model in (None, str(found_config(whole, config))))
+    assert alone == found
+    assert alone[0]['scores']
 
 
 def test_ctrl_c_in_the_search_is_one_line_and_the_resumed_run_ends_as_if_nothing_had_been(

@@ -29,7 +29,8 @@ class SearchHook(Hook):
     ``transfer=dict(type='SWR', ...)`` (:mod:`rl_mmdet.search.transfers`); idle without them. When the search ends, the
     choice is logged and saved as an ordinary config, ``<config>_found.py`` in the work dir; model, EMA and optimizer go
     on with the weights and states they have, and BatchNorm in eval mode gets statistics for weights that are new.
-    Checkpoints have the search's state while it goes on, and what it has found afterwards.
+    Checkpoints have the search's state while it goes on. Afterwards they have what it has found and the config with it,
+    so that a file is enough for ``DetInferencer(weights=FILE)``.
 
     All processes of DDP draw the same gates, and learn from the mean of their gradients. Validation shows the choice
     that would be made at that moment.
@@ -108,7 +109,9 @@ class SearchHook(Hook):
         if self.search is not None:
             checkpoint[SEARCH] = self.search.state_dict()
         if self.found is not None:
-            checkpoint[FOUND] = self.found
+            checkpoint['meta'][FOUND] = self.found
+            runtime = checkpoint['message_hub']['runtime_info']  # has the config of the run's beginning
+            runtime['cfg'] = checkpoint['meta']['cfg']
 
     def _check(self, runner: Runner) -> None:
         setting = searched_setting(plain_model(runner).get_submodule(self.name))

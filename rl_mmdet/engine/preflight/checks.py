@@ -95,11 +95,11 @@ def check_testing(cfg: Config, checkpoint: str, *, ignore_keys: Sequence[str] = 
         UserError: the first mistake found; also a checkpoint of the baseline, whose blocks are replaced here.
     """
     model = build_model(cfg, allow_pickle)
+    with named('checkpoint'):
+        report = load_checkpoint_(model, checkpoint, ignore=ignore_keys, allow_pickle=allow_pickle)
     if searched_module(model) is not None:
         raise UserError(f'checkpoint: {checkpoint} wasn\'t saved after the search that the config asks for; '
                         'train until the search has ended, then test')
-    with named('checkpoint'):
-        report = load_checkpoint_(model, checkpoint, ignore=ignore_keys, allow_pickle=allow_pickle)
     if report.fits:
         raise UserError(f'checkpoint: {checkpoint} has weights for {len(report.fits)} blocks that the config replaces '
                         f'({", ".join(list(report.fits)[:3])}): it is a baseline\'s; test it with the baseline\'s '

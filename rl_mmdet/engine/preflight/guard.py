@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import Registry
+from mmengine.visualization import Visualizer
 
 from ..errors import UserError
 
@@ -45,6 +47,23 @@ def built(cfg: Config, setting: str, build: Callable[[Config], T], must: bool = 
         if ELSEWHERE.search(str(error)) and not must:
             return None
         raise UserError(_blame(cfg, setting, build, error)) from error
+
+
+@contextmanager
+def nothing_global() -> Iterator[None]:
+    """Forget afterwards which loggers and the like were made meanwhile, by the names by which MMEngine finds them.
+
+    Until then the current ones are new: a log that shows errors only, and a message hub without a training in it.
+    """
+    made = {cls: dict(cls._instance_dict) for cls in (MMLogger, MessageHub, Visualizer)}
+    try:
+        MMLogger.get_instance(f'preflight_{time.monotonic_ns()}', log_level='ERROR')
+        MessageHub.get_instance(f'preflight_{time.monotonic_ns()}')
+        yield
+    finally:
+        for cls, before in made.items():
+            cls._instance_dict.clear()
+            cls._instance_dict.update(before)
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 import inspect
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 
@@ -23,7 +21,7 @@ from torch.utils.data import DataLoader
 from ..errors import UserError
 from .data import Lengthened, SmallData
 from .first_batch import check_classes, initialise_, see, small_loader
-from .guard import built, find_class, meant
+from .guard import built, find_class, meant, nothing_global
 from .schedule import check_step
 
 PHASES = ('train', 'val', 'test')
@@ -44,7 +42,7 @@ def rehearse(cfg: Config, model: nn.Module, *phases: str) -> None:
     """
     model = revert_sync_batchnorm(model)
     phases = [phase for phase in phases if cfg.get(f'{phase}_dataloader') is not None]
-    with _nothing_global(), tempfile.TemporaryDirectory() as folder:
+    with nothing_global(), tempfile.TemporaryDirectory() as folder:
         small, loaders = SmallData(folder), {}
         for phase in phases:
             setting = f'{phase}_dataloader'
@@ -61,19 +59,6 @@ def rehearse(cfg: Config, model: nn.Module, *phases: str) -> None:
             for part, build in (('evaluator', partial(_evaluate, seen=seen)), ('cfg', _build_loop)):
                 if phase != 'train':
                     built(cfg, f'{phase}_{part}', lambda cfg, phase=phase, build=build: build(new(cfg), phase, small))
-
-
-@contextmanager
-def _nothing_global() -> Iterator[None]:
-    """Forget afterwards which loggers and the like were made meanwhile, by the names by which MMEngine finds them."""
-    made = {cls: dict(cls._instance_dict) for cls in (MMLogger, MessageHub, Visualizer)}
-    try:
-        MMLogger.get_instance(f'preflight_{time.monotonic_ns()}', log_level='ERROR')  # now the current one
-        yield
-    finally:
-        for cls, before in made.items():
-            cls._instance_dict.clear()
-            cls._instance_dict.update(before)
 
 
 class Rehearsal(Runner):

@@ -59,7 +59,11 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
 
     Returns:
         The translated state dict, and the report on it (its names come without the prefix).
+
+    Raises:
+        ValueError: the model's plan is still to be learned, and the state dict is of a model whose plan is found.
     """
+    _check_unfinished(model, state_dict, prefix)
     state_dict = _with_copies(model, state_dict, prefix)
     adapted = dict(state_dict)
     report = LoadReport()
@@ -116,6 +120,18 @@ def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: An
             logger.info('%s', line)
     state_dict.clear()
     state_dict.update(adapted)
+
+
+def _check_unfinished(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Raise a ValueError if blocks that may still be replaced have no weights, although the model has some."""
+    blocks = {name.rpartition('.')[0]: layer.removed.shapes for name, layer in computing_layers(model).items()
+              if layer.provisional}
+    gone = [name for name, shapes in blocks.items() if not any(f'{prefix}{name}.{key}' in state_dict for key in shapes)]
+    if gone and any(key.startswith(prefix) for key in state_dict):
+        raise ValueError(f'the config asks for a search for a plan, and these weights have none for {_first(gone)}, as '
+                         'after a search that has replaced them; use the config with the plan that it has found: '
+                         "<config>_found.py in its work dir, also in the checkpoint's meta['cfg'], or materialize the "
+                         'checkpoint to search again')
 
 
 def _with_copies(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
