@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from ..engine import UserError
 from ..engine.preflight import build_model, nothing_global
@@ -187,7 +187,7 @@ def _counts(backbone: nn.Module, size: tuple[int, int]) -> tuple[float, int]:
     image = torch.zeros(1, 3, *size)
 
     def step() -> None:
-        outputs = [out for out in tree_leaves(backbone(image)) if isinstance(out, Tensor) and out.requires_grad]
+        outputs = [out for out in tree_flatten(backbone(image))[0] if isinstance(out, Tensor) and out.requires_grad]
         torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
         backbone.zero_grad()
 
