@@ -205,6 +205,7 @@ def _text(settings: Mapping[str, Any]) -> str:
     """Settings as one writes them in a config."""
     def written(value: Any) -> str:
         if isinstance(value, Mapping):
-            return f'dict({", ".join(f"{key}={written(each)}" for key, each in value.items())})'
+            items = sorted(value.items(), key=lambda item: item[0] != 'type')  # which MMEngine sorts in otherwise
+            return f'dict({", ".join(f"{key}={written(each)}" for key, each in items)})'
         return repr(value)
     return ', '.join(f'{key}={written(value)}' for key, value in settings.items())
