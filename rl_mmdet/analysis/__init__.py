@@ -4,8 +4,7 @@ from ..replacement.saved_bytes import saved_bytes
 from .blocks import block_table
 from .choose_blocks import choose_blocks, cost_lines, error_table, warning_lines
 from .cost import mean_over_steps, peak_memory, ratios_to, seconds_in_turn, trainable_parameters
-from .training_run import TrainingCost, run_training
 
-__all__ = ['TrainingCost', 'block_table', 'choose_blocks', 'cost_lines', 'count_flops', 'error_table',
-           'mean_over_steps', 'peak_memory', 'ratios_to', 'run_training', 'saved_bytes', 'seconds_in_turn',
+__all__ = ['block_table', 'choose_blocks', 'cost_lines', 'count_flops', 'error_table',
+           'mean_over_steps', 'peak_memory', 'ratios_to', 'saved_bytes', 'seconds_in_turn',
            'trainable_parameters', 'warning_lines']

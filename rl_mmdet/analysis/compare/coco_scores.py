@@ -28,7 +28,6 @@ class Scores:
         ap: mean over classes and IoU thresholds 0.5, 0.55, ..., 0.95; None without any object.
         ap50, ap75: at IoU threshold 0.5 and 0.75.
         ap_small, ap_medium, ap_large: of objects below 32² pixels, up to 96² and above; None without such objects.
-        per_class: AP by class name, None for a class without objects.
         notes: what a reader of the numbers should know.
     """
     ap: float | None
@@ -37,7 +36,6 @@ class Scores:
     ap_small: float | None
     ap_medium: float | None
     ap_large: float | None
-    per_class: dict[str, float | None]
     notes: tuple[str, ...] = ()
 
 
@@ -109,7 +107,8 @@ def score_detections(annotations: Path, detections: Path, metric: str,
         categories = {name: known[name] for name in classes}
         entries, notes = _read_detections(detections, metric, set(coco.getImgIds()))
         evaluation = _evaluate(coco, entries, metric, list(categories.values()))
-    return _scores(evaluation, categories, notes), _matches(evaluation, categories)
+    averages = [None if value < 0 else float(value) for value in evaluation.stats[:6]]  # pycocotools' -1 is no value
+    return Scores(*averages, notes), _matches(evaluation, categories)
 
 
 def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[dict], tuple[str, ...]]:
@@ -153,15 +152,6 @@ def _evaluate(coco: COCO, entries: list[dict], metric: str, categories: list[int
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation
-
-
-def _scores(evaluation: COCOeval, categories: dict[str, int], notes: tuple[str, ...]) -> Scores:
-    """The average precisions; pycocotools has -1 where there is none."""
-    per_class = {}
-    for name, category in categories.items():
-        precision = evaluation.eval['precision'][:, :, evaluation.params.catIds.index(category), 0, -1]
-        per_class[name] = None if precision.max() < 0 else float(precision[precision > -1].mean())
-    return Scores(*(None if value < 0 else float(value) for value in evaluation.stats[:6]), per_class, notes)
 
 
 def _matches(evaluation: COCOeval, categories: dict[str, int]) -> Matches:

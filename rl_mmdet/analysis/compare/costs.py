@@ -36,28 +36,20 @@ class Cost:
     by their seconds; the baseline's lists hold its rounds beside one variant after the other.
 
     Args:
-        parameters: number of all parameters.
-        trainable: number of those that learn.
-        optimizer_bytes: bytes of all tensors in the optimizer's state after one step.
-        forward_flops: FLOPs of the forward pass and the loss of one training batch, by
-            :func:`~rl_mmdet.analysis.count_flops`, without mmcv's own kernels (RoIAlign, deformable convolutions).
-        step_flops: FLOPs of a whole training step: forward, backward, and the optimizer's products of matrices, if any.
+        trainable: number of parameters that learn.
+        step_flops: FLOPs of a training step, by :func:`~rl_mmdet.analysis.count_flops`, without mmcv's own kernels
+            (RoIAlign, deformable convolutions): forward, backward, and the optimizer's products of matrices, if any.
         saved_bytes: bytes that the forward pass keeps for backward, parameters and buffers apart; of what runs under
             activation checkpoints (``with_cp``) these are the inputs.
         peak_bytes: bytes that a training step allocates at its peak, gradients included, beyond the model, the
             optimizer's state and the batch as it was loaded.
         peak_of: whose record ``peak_bytes`` is from.
         step_seconds, step_ratios: seconds per training step in each round, and these over the baseline's.
-        latency_seconds, latency_ratios: the same of the prediction for one image by the model as trained.
-        plain_latency_seconds, plain_latency_ratios: the same by the materialized model, over the seconds of the
-            baseline as trained. Where there is nothing to materialize, they are those of the model as trained.
+        latency_seconds, latency_ratios: the same of the prediction for one image by the materialized model.
         batch: images per training step.
         image_size: height and width of the padded training batch in pixels.
     """
-    parameters: int
     trainable: int
-    optimizer_bytes: int
-    forward_flops: int
     step_flops: int
     saved_bytes: int
     peak_bytes: int
@@ -66,8 +58,6 @@ class Cost:
     step_ratios: list[float]
     latency_seconds: list[float]
     latency_ratios: list[float]
-    plain_latency_seconds: list[float]
-    plain_latency_ratios: list[float]
     batch: int
     image_size: tuple[int, int]
 
@@ -179,19 +169,11 @@ def _take_turns(subjects: list[Subject], rounds: int) -> list[Times]:
     for subject in subjects:
         subject.model.train()
     steps = _in_turn({index: subject.step for index, subject in enumerate(subjects)}, rounds)
-    step_ratios = ratios_to(steps, 0)
-    predictors = {(index, kind): partial(subject.predict, model) for index, subject in enumerate(subjects)
-                  for kind, model in enumerate(subject.predictors())}
-    latencies = _in_turn(predictors, rounds)
-    ratios = ratios_to(latencies, (0, 0))
-    found = []
-    for index in range(len(subjects)):
-        trained = index, 0
-        plain = (index, 1) if (index, 1) in latencies else trained
-        found.append(dict(step_seconds=steps[index], step_ratios=step_ratios[index],
-                          latency_seconds=latencies[trained], latency_ratios=ratios[trained],
-                          plain_latency_seconds=latencies[plain], plain_latency_ratios=ratios[plain]))
-    return found
+    latencies = _in_turn({index: partial(subject.predict, subject.predictor())
+                          for index, subject in enumerate(subjects)}, rounds)
+    step_ratios, latency_ratios = ratios_to(steps, 0), ratios_to(latencies, 0)
+    return [dict(step_seconds=steps[index], step_ratios=step_ratios[index], latency_seconds=latencies[index],
+                 latency_ratios=latency_ratios[index]) for index in range(len(subjects))]
 
 
 def _in_turn(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:

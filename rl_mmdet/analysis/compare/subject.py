@@ -86,13 +86,8 @@ class Subject:
         step_flops = mean_over_steps(self.model, lambda: count_flops(self._step))
         set_step_(self.model, 0)  # each block's memory is the same in all steps but one
         inputs = self.model.data_preprocessor(self._batch(), True)['inputs']
-        states = self.optim.optimizer.state.values()
         return dict(
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             trainable=trainable_parameters(self.model),
-            optimizer_bytes=sum(value.nbytes for state in states for value in state.values()
-                                if isinstance(value, Tensor)),
-            forward_flops=count_flops(self.forward),
             step_flops=step_flops,
             saved_bytes=saved_bytes(self.model, self.forward),
             peak_bytes=peak_memory(self._step, self.device),
@@ -109,14 +104,12 @@ class Subject:
             if self.optim.optimizer.state:
                 return
 
-    def predictors(self) -> list[nn.Module]:
-        """The model as it was loaded and, where that is another one, materialized; both ready to predict."""
+    def predictor(self) -> nn.Module:
+        """The model as it was loaded, materialized and ready to predict."""
         with torch.no_grad():
             for buffer, loaded in zip(self.model.buffers(), self.loaded, strict=True):
                 buffer.copy_(loaded)
-        plain = materialize(self.model.eval())
-        same = list(map(type, plain.modules())) == list(map(type, self.model.modules()))
-        return [self.model] if same else [self.model, plain]
+        return materialize(self.model.eval())
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> None:

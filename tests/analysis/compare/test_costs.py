@@ -12,7 +12,7 @@ from rl_mmdet.engine import UserError, add_rl_defaults_, build_model, load_confi
 
 CONFIGS = Path(__file__).resolve().parents[3] / 'configs' / 'digits'
 BASELINE, RL = 'faster-rcnn_r34_fpn_digits.py', 'faster-rcnn_rl-r34-k2_fpn_digits.py'
-TIMES = ('step', 'latency', 'plain_latency')
+TIMES = ('step', 'latency')
 ROUNDS = 2
 
 
@@ -48,11 +48,9 @@ def found(load):
 def test_counts_are_those_of_a_training_step_on_the_data(load, found):
     cost = found['baseline']
     assert (cost.batch, cost.image_size) == (2, (128, 128))
-    assert 2 < cost.step_flops / cost.forward_flops <= 3
     assert 0 < cost.saved_bytes < cost.peak_bytes
     learning = [p for p in build_model(load()).parameters() if p.requires_grad]
     assert cost.trainable == sum(p.numel() for p in learning)
-    assert cost.optimizer_bytes == sum(2 * 4 * p.numel() + 4 for p in learning)  # AdamW: two moments and a step
     report = build_model(load(RL)).backbone.replacement_report
     assert found['RL-v1'].trainable == cost.trainable - report.removed_parameters + report.learnable
 
@@ -64,7 +62,6 @@ def test_times_are_ratios_to_the_baseline_of_the_same_round(found):
         trained = getattr(base, f'{kind}_seconds')
         assert getattr(cost, f'{kind}_ratios') == [
             own / other for own, other in zip(getattr(cost, f'{kind}_seconds'), trained, strict=True)]
-    assert cost.plain_latency_seconds != cost.latency_seconds
 
 
 def test_a_broken_variant_becomes_one_line_and_the_others_are_measured(found):
@@ -89,8 +86,7 @@ def test_a_checkpoint_is_loaded_and_left_as_it_was_by_steps_and_predictions(load
     assert_same_state(subject.model.state_dict(), saved)
     subject.model.train()
     subject.step()
-    for model in subject.predictors():
-        subject.predict(model)
+    subject.predict(subject.predictor())
     assert_same_state(subject.model.state_dict(), saved)
     with pytest.raises(UserError, match="atss can't be measured.*don't fit the model"):
         measure({'atss': load('atss_r34_fpn_digits.py')}, {'atss': tmp_path / 'saved.pth'})
