@@ -5,10 +5,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ..folding import unfold_norm_
 from ..replacement import computing_layers
 from ..replacement.chain import Choice
 from ..replacement.plans.trial import copy_around_parameters
+from .policy import Policy
 from .search_base import Collective, Search, SearchResult
 from .search_space import NAME, SearchSpace, finish_search_
 from .units import Unit
@@ -38,7 +38,8 @@ class BlockSearch(Search):
     def __init__(self, model: nn.Module, steps: int) -> None:
         space: SearchSpace = getattr(model, NAME)
         share = space.plan.limit.share
-        super().__init__(model, space.plan.schedule.policy(_units(space), share - 1, steps, share / 100, space.fits))
+        super().__init__(model, Policy(_units(space), share - 1, steps, share / 100, space.plan.schedule.seed,
+                                       space.fits))
         self.leaves: list[Tensor] = []
         """One number per gate, which gets the gradient with respect to it in backward."""
 
@@ -95,7 +96,6 @@ class BlockSearch(Search):
         """The limited quantity of the model with these blocks replaced, measured on a copy."""
         twin = copy_around_parameters(self.model)
         finish_search_(twin, self.space.choice(gates))
-        unfold_norm_(twin)  # the limit is a share of the model as it was without folded norms
         twin.eval()
         return self.space.plan.limit.measure(twin)
 

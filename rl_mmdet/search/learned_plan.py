@@ -1,25 +1,19 @@
-"""LearnedPlan: where to replace is learned while the model trains; and the random choice to compare it with."""
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+"""LearnedPlan: where to replace is learned while the model trains."""
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..replacement import PLANS, ReplacementReport
-from ..replacement.chain import Chain, Choice, Place
-from ..replacement.checks import check_number
+from ..replacement.chain import Chain
 from ..replacement.computing_layer import LayerSettings
 from ..replacement.fusions import OwnWeights
 from ..replacement.plans import Plan
-from ..replacement.plans.plan import add_
 from ..replacement.surgery import check_fusion, check_some
 from .schedule import SearchSchedule
 from .search_space import SearchSpace
 from .share_limit import ShareLimit
-
-DRAWS = 100
-"""How often a RandomPlan draws at most: where blocks exclude each other not every draw keeps the budget."""
 
 
 @PLANS.register_module()
@@ -35,7 +29,7 @@ class LearnedPlan(Plan):
 
     Args:
         budget, image_size: see :class:`~rl_mmdet.search.share_limit.ShareLimit`; as few blocks are replaced as keep it.
-        epochs, iters, temperature, lr, seed: see :class:`~rl_mmdet.search.schedule.SearchSchedule`.
+        epochs, iters, seed: see :class:`~rl_mmdet.search.schedule.SearchSchedule`.
 
     Raises:
         ValueError: a value out of range, or both ``epochs`` and ``iters``; when applied: no choice keeps the budget.
@@ -44,12 +38,11 @@ class LearnedPlan(Plan):
     """
     searches = True
 
-    def __init__(self, budget: Mapping[str, float], epochs: int | None = None, iters: int | None = None,
-                 temperature: Sequence[float] = (1., 0.2), lr: float = 0.03, seed: int = 0,
+    def __init__(self, budget: Mapping[str, float], epochs: int | None = None, iters: int | None = None, seed: int = 0,
                  image_size: Sequence[int] = (256, 256)) -> None:
         with _named('LearnedPlan'):
             self.limit = ShareLimit(budget, image_size)
-            self.schedule = SearchSchedule(epochs, iters, temperature, lr, seed)
+            self.schedule = SearchSchedule(epochs, iters, seed)
 
     def carry_out_(self, model: nn.Module, chains: Mapping[str, Chain], settings: LayerSettings) -> ReplacementReport:
         """Put a computing layer beside every block that can be replaced, in place; a search is to choose."""
@@ -71,57 +64,6 @@ class LearnedPlan(Plan):
 
     def _arguments(self) -> str:
         return f'{self.limit}{self.schedule}'
-
-
-@PLANS.register_module()
-class RandomPlan(Plan):
-    """Blocks drawn at random, as many as keep a budget: what a :class:`LearnedPlan` has to beat.
-
-    Args:
-        budget, image_size: see :class:`~rl_mmdet.search.share_limit.ShareLimit`.
-        seed: of the draw.
-
-    Raises:
-        ValueError: a value out of range; when chosen: no choice keeps the budget.
-    """
-
-    def __init__(self, budget: Mapping[str, float], seed: int = 0, image_size: Sequence[int] = (256, 256)) -> None:
-        with _named('RandomPlan'):
-            self.limit = ShareLimit(budget, image_size)
-            self.seed = check_number('seed', seed, whole=True, least=0, below=2**63)
-
-    def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
-        if model is None:
-            raise ValueError('RandomPlan: it measures the model, so it needs one; use it as the plan of '
-                             'replace_blocks_()')
-        if not any(chain.replaceable() for chain in chains.values()):
-            return {name: [] for name in chains}
-        with _named(self):
-            places = list(self.limit.savings(chains, model, settings))
-        generator, left = random.Random(self.seed), self.limit.left_with(model, settings)
-        for _ in range(DRAWS):
-            choice = self._first_that_keep_it(chains, generator.sample(places, len(places)), left)
-            if left(choice) <= self.limit.share:
-                return choice
-        raise ValueError(f'{self}: {DRAWS} draws found no choice that keeps the budget: too many of the blocks exclude '
-                         'each other')
-
-    def _first_that_keep_it(self, chains: Mapping[str, Chain], drawn: Sequence[Place],
-                            left: Callable[[Choice], float]) -> Choice:
-        """The first of the drawn blocks with which the budget is kept, without those that turn out to be needless."""
-        choice: Choice = {name: [] for name in chains}
-        for chain, index in drawn:
-            if left(choice) <= self.limit.share:
-                break
-            add_(choice, chains, chain.name, index)
-        for chain, index in drawn:
-            less = choice | {chain.name: [other for other in choice[chain.name] if other != index]}
-            if left(less) <= self.limit.share:
-                choice = less
-        return choice
-
-    def _arguments(self) -> str:
-        return f'{self.limit}, seed={self.seed}'
 
 
 @contextmanager
