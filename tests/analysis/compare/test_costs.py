@@ -22,8 +22,7 @@ def load(tmp_path_factory):
     tiny = {'data_root': str(tmp_path_factory.mktemp('data')), 'model.backbone.base_channels': 4,
             'model.neck.in_channels': [4, 8, 16, 32], 'train_dataloader.batch_size': 2,
             'train_dataloader.dataset.num_images': 6, 'train_dataloader.dataset.image_size': (64, 64),
-            'train_dataloader.dataset.scenes.scales': (16, 30), 'val_dataloader.dataset.num_images': 2,
-            'val_dataloader.dataset.image_size': (64, 64), 'val_dataloader.dataset.scenes.scales': (16, 30)}
+            'val_dataloader.dataset.num_images': 2, 'val_dataloader.dataset.image_size': (64, 64)}
     return lambda name=BASELINE, **options: add_rl_defaults_(load_config(
         str(CONFIGS / name), tiny | {key.replace('__', '.'): value for key, value in options.items()}))
 
