@@ -1,20 +1,15 @@
 """COCO average precision of dumped detections, and the matches it is computed from."""
 import json
-import zlib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from math import isfinite
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-from ...engine.errors import UserError, first_line
-from ...engine.files import written_whole
 
 METRICS = ('bbox', 'segm')
 MAX_DETECTIONS = (100, 300, 1000)  # per image and class; AP is at the first, AP50 and all others at the last
@@ -28,6 +23,7 @@ class Scores:
         ap: mean over classes and IoU thresholds 0.5, 0.55, ..., 0.95; None without any object.
         ap50, ap75: at IoU threshold 0.5 and 0.75.
         ap_small, ap_medium, ap_large: of objects below 32² pixels, up to 96² and above; None without such objects.
+        images, objects: how many there are.
         notes: what a reader of the numbers should know.
     """
     ap: float | None
@@ -36,6 +32,8 @@ class Scores:
     ap_small: float | None
     ap_medium: float | None
     ap_large: float | None
+    images: int
+    objects: int
     notes: tuple[str, ...] = ()
 
 
@@ -59,25 +57,6 @@ class Matches:
     hit: np.ndarray
     ignored: np.ndarray
     objects: np.ndarray
-
-    def save(self, path: Path) -> None:
-        """Write a compressed npz file, which appears under its name only when it is complete."""
-        with written_whole(path) as unfinished, unfinished.open('wb') as file:
-            np.savez_compressed(file, **vars(self))
-
-    @classmethod
-    def load(cls, path: Path) -> 'Matches':
-        """Read what :meth:`save` has written.
-
-        Raises:
-            UserError: it can't be read.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(**arrays)
-        except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
-            raise UserError(f'{path}: truncated or changed ({first_line(error)}); delete scores.json beside it to have '
-                            'both made again') from error
 
 
 def score_detections(annotations: Path, detections: Path, metric: str,
@@ -108,7 +87,8 @@ def score_detections(annotations: Path, detections: Path, metric: str,
         entries, notes = _read_detections(detections, metric, set(coco.getImgIds()))
         evaluation = _evaluate(coco, entries, metric, list(categories.values()))
     averages = [None if value < 0 else float(value) for value in evaluation.stats[:6]]  # pycocotools' -1 is no value
-    return Scores(*averages, notes), _matches(evaluation, categories)
+    matches = _matches(evaluation, categories)
+    return Scores(*averages, len(matches.objects), int(matches.objects.sum()), notes), matches
 
 
 def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[dict], tuple[str, ...]]:

@@ -1,22 +1,19 @@
 """What a report holds: everything that a comparison found, read from its folder, as it goes into report.json."""
-import functools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...engine import UserError
-from .bootstrap import paired_interval, resampled_precision
+from .bootstrap import paired_interval
 from .coco_scores import METRICS, Scores
 from .comparison import Comparison, Run, Variant
 from .costs import Cost, environment, read_costs
 from .differences import Difference, Spread, difference, spread
-from .runs import checkpoint_of, matches_of, scores_of
+from .runs import checkpoint_of, resampled_of, scores_of
 
 FORMAT = 'rl_mmdet.report/3'
 FIELDS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')
@@ -120,25 +117,19 @@ def collect(comparison: Comparison) -> Contents:
     results = {run: _run_result(comparison, run) for run in comparison.runs()}
     metrics = comparison.metrics()
     finished = [run for run, result in results.items() if result.status == 'finished']
-    objects = matches_of(finished[0], metrics[0]).objects if finished else None
-
-    @functools.cache
-    def resampled(run: Run, metric: str) -> np.ndarray:
-        matches = matches_of(run, metric)
-        if not np.array_equal(matches.objects, objects):
+    first = results[finished[0]].scores[metrics[0]] if finished else None
+    for run in finished:
+        scores = results[run].scores[metrics[0]]
+        if (scores.images, scores.objects) != (first.images, first.objects):
             raise UserError(f'{run}: it was scored on other annotations than {finished[0]}; delete '
                             f'{run.folder / "scores.json"} and start again')
-        return resampled_precision(matches)
-
-    variants = [_variant_result(variant, comparison.baseline, results, metrics, costs['costs'].get(variant.name),
-                                resampled) for variant in comparison.variants]
+    variants = [_variant_result(variant, comparison.baseline, results, metrics, costs['costs'].get(variant.name))
+                for variant in comparison.variants]
     return Contents(
         commands=comparison.commands, environment=costs['environment'] or environment(),
         date=_last_date([comparison.folder / 'costs.json', *(run.folder / 'scores.json' for run in results)]),
-        data=str(comparison.annotations()),
-        images=None if objects is None else len(objects), objects=None if objects is None else int(objects.sum()),
-        metrics=metrics, seeds=comparison.seeds, variants=variants,
-        runs=list(results.values()))
+        data=str(comparison.annotations()), images=first and first.images, objects=first and first.objects,
+        metrics=metrics, seeds=comparison.seeds, variants=variants, runs=list(results.values()))
 
 
 def _last_date(files: Iterable[Path]) -> str:
@@ -175,7 +166,7 @@ def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def _variant_result(variant: Variant, baseline: str, results: dict[Run, RunResult], metrics: list[str],
-                    cost: Cost | str | None, resampled: Callable[[Run, str], np.ndarray]) -> VariantResult:
+                    cost: Cost | str | None) -> VariantResult:
     """What the variant's finished trainings give, and how it differs from the baseline."""
     own, reference = ([run for run, result in results.items() if run.variant == name and result.status == 'finished']
                       for name in (variant.name, baseline))
@@ -188,7 +179,7 @@ def _variant_result(variant: Variant, baseline: str, results: dict[Run, RunResul
         if variant.name != baseline and reference and ap is not None:
             images = None
             if min(len(reference), len(own)) > 1:
-                images = paired_interval(*([resampled(run, metric) for run in runs] for runs in (reference, own)))
+                images = paired_interval(*([resampled_of(run, metric) for run in runs] for runs in (reference, own)))
             baselines = spread([results[run].scores[metric].ap for run in reference])
             found.difference[metric] = difference(baselines, ap, images)
     return found

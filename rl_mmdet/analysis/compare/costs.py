@@ -2,9 +2,7 @@
 import gc
 import json
 import platform
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +11,11 @@ from typing import Any
 import mmdet
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import MessageHub
 
 from ...engine import UserError
 from ...engine.files import read_record, write_text
+from ...engine.preflight.guard import reason_of
 from ..cost import ratios_to, seconds_in_turn
 from .comparison import Comparison
 from .runs import Say, checkpoint_of
@@ -133,33 +132,32 @@ def measure_costs(cfgs: Mapping[str, Config], checkpoints: Mapping[str, Path | N
     def count(name: str) -> tuple[Subject, dict[str, Any]]:
         say(f'{name}: building it and counting what a training step does')
         subject = Subject(cfgs[name], checkpoints.get(name), loaders, allow_pickle)
-        for remark in subject.remarks:
-            say(f'{name}: {remark}')
         return subject, subject.counts()
 
+    for progress in ('iter', 'epoch'):  # some models ask MMEngine how far training is
+        MessageHub.get_current_instance().update_info(progress, 0)
     found: dict[str, Cost | str] = {}
     turns: list[Times] = []
-    with _quiet_mmengine():
-        with _needed(first):
-            baseline, counts = count(first)
-        for name in others:
-            try:
-                variant, own_counts = count(name)
-                say(f'{name}: timing training steps and predictions, in turn with the baseline\'s')
-                times, own_times = _take_turns([baseline, variant], rounds)
-                found[name] = Cost(**own_counts, **own_times)
-                turns.append(times)
-            except Exception as error:  # models raise whatever they like
-                found[name] = _reason(error)
-                say(f'{name}: can\'t be measured: {found[name]}')
-            variant = None
-            baseline.optim.zero_grad()  # if it was in the middle of a step
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        if not turns:
-            with _needed(first):
-                turns = _take_turns([baseline], rounds)
+    try:
+        baseline, counts = count(first)
+    except Exception as error:  # models raise whatever they like
+        raise UserError(f'{first} can\'t be measured: {reason_of(error)}') from error
+    for name in others:
+        try:
+            variant, own_counts = count(name)
+            say(f'{name}: timing training steps and predictions, in turn with the baseline\'s')
+            times, own_times = _take_turns([baseline, variant], rounds)
+            found[name] = Cost(**own_counts, **own_times)
+            turns.append(times)
+        except Exception as error:
+            found[name] = reason_of(error)
+            say(f'{name}: can\'t be measured: {found[name]}')
+        variant = None
+        baseline.optim.zero_grad()  # if it was in the middle of a step
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    turns = turns or _take_turns([baseline], rounds)
     joined = {name: [value for times in turns for value in times[name]] for name in turns[0]}
     return {first: Cost(**counts, **joined)} | found
 
@@ -180,32 +178,3 @@ def _in_turn(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any
     """Seconds per call in each round; short calls are made several times a turn."""
     seconds = max(min(taken) for taken in seconds_in_turn(calls, rounds=1, per_round=1).values())
     return seconds_in_turn(calls, rounds, per_round=max(1, min(MOST, round(TURN / seconds))))
-
-
-def _reason(error: Exception) -> str:
-    """An error in a line, without the chain of classes that the registries put in front of it."""
-    text = ' '.join(re.sub(r'class `\w+` in \S+: ', '', str(error)).split('\n')[0].split())[:200]
-    return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
-
-
-@contextmanager
-def _needed(name: str) -> Iterator[None]:
-    """Without this there is nothing to compare with."""
-    try:
-        yield
-    except Exception as error:  # models raise whatever they like
-        raise UserError(f'{name} can\'t be measured: {_reason(error)}') from error
-
-
-@contextmanager
-def _quiet_mmengine() -> Iterator[None]:
-    """Some models ask MMEngine how far training is; its logger has a line for every initialised weight."""
-    for progress in ('iter', 'epoch'):
-        MessageHub.get_current_instance().update_info(progress, 0)
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('ERROR')
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -15,13 +15,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from tqdm import tqdm
 
 from ...engine import UserError, checkpoints_in
 from ...engine.files import read_record, write_text
-from .coco_scores import Matches, Scores, score_detections
+from .bootstrap import resampled_precision
+from .coco_scores import Scores, score_detections
 from .comparison import Comparison, Run
 
 EPOCH = re.compile(r'Epoch\(train\)\s*\[(\d+)\]\[\s*(\d+)/(\d+)\]')
@@ -143,15 +145,15 @@ def _train_some(comparison: Comparison, runs: Sequence[Run], tools: Tools, say: 
 def scores_of(run: Run) -> dict[str, Scores] | None:
     """The run's scores by metric, None as long as it isn't finished."""
     path = run.folder / 'scores.json'
-    if not path.is_file():
+    if not (path.is_file() and (run.folder / 'resampled.json').is_file()):
         return None
     return read_record(path, lambda content: {metric: Scores(**scores | dict(notes=tuple(scores['notes'])))
                                               for metric, scores in content.items()})
 
 
-def matches_of(run: Run, metric: str) -> Matches:
-    """What the run's AP is computed from."""
-    return Matches.load(run.folder / f'matches_{metric}.npz')
+def resampled_of(run: Run, metric: str) -> np.ndarray:
+    """The run's AP on resampled val images."""
+    return read_record(run.folder / 'resampled.json', lambda content: np.array([*content[metric]], dtype=float))
 
 
 def checkpoint_of(run: Run) -> Path | None:
@@ -185,14 +187,15 @@ def _finish(comparison: Comparison, run: Run, tools: Tools, say: Say, bar: tqdm)
     write_text(evaluation / 'config.py', _val_config(comparison, run).pretty_text)
     run_process(tools.command('test', evaluation / 'config.py', checkpoint, '--work-dir', evaluation),
                 evaluation / 'output.log')
-    scores = {}
+    scores, resampled = {}, {}
     for metric in comparison.metrics():
         detections = run.folder / f'detections.{metric}.json'
         try:
             scores[metric], matches = score_detections(comparison.annotations(), detections, metric, comparison.classes)
         except (ValueError, OSError) as error:
             raise UserError(f'the {metric} detections can\'t be scored: {error}') from error
-        matches.save(run.folder / f'matches_{metric}.npz')
+        resampled[metric] = resampled_precision(matches).tolist()
+    write_text(run.folder / 'resampled.json', json.dumps(resampled))
     write_text(run.folder / 'scores.json', json.dumps({m: asdict(s) for m, s in scores.items()}, indent=2))
     return scores
 

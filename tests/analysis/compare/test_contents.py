@@ -1,13 +1,12 @@
 """What a report is made of, read from the folder of a comparison."""
 import json
 import statistics
-from dataclasses import replace
 
 import pytest
 
 from rl_mmdet.analysis.compare import collect
 from rl_mmdet.analysis.compare.differences import difference, spread, welch_interval
-from rl_mmdet.analysis.compare.runs import matches_of, scores_of
+from rl_mmdet.analysis.compare.runs import scores_of
 from rl_mmdet.analysis.compare.verdict import side, signed
 from rl_mmdet.engine import UserError
 
@@ -38,18 +37,17 @@ def test_collect_averages_over_the_finished_runs_and_says_what_failed(finished, 
 
 def test_collect_refuses_runs_that_were_scored_on_other_annotations(finished):
     comparison, _ = finished
-    run = comparison.runs()[-1]
-    path, matches = run.folder / 'matches_bbox.npz', matches_of(run, 'bbox')
-    before = path.read_bytes()
-    replace(matches, objects=matches.objects[:, ::-1]).save(path)
+    path = comparison.runs()[-1].folder / 'scores.json'
+    before = path.read_text()
+    path.write_text(json.dumps({'bbox': json.loads(before)['bbox'] | dict(objects=10**6)}))
     try:
         with pytest.raises(UserError, match='worse, seed 1: it was scored on other annotations than base, seed 0'):
             collect(comparison)
     finally:
-        path.write_bytes(before)
+        path.write_text(before)
 
 
-@pytest.mark.parametrize('name', ['runs/base/seed_0/scores.json', 'runs/base/seed_0/matches_bbox.npz',
+@pytest.mark.parametrize('name', ['runs/base/seed_0/scores.json', 'runs/base/seed_0/resampled.json',
                                   'costs.json'])
 @pytest.mark.parametrize('content', [b'', b'{"bbox": {"a', b'{"costs": 3, "bbox": 1}', b'PK'])
 def test_a_truncated_or_changed_result_file_is_one_line(finished, name, content):

@@ -64,12 +64,12 @@ def test_times_are_ratios_to_the_baseline_of_the_same_round(found):
 
 
 def test_a_broken_variant_becomes_one_line_and_the_others_are_measured(found):
-    assert found['broken'].startswith('RuntimeError: ') and '\n' not in found['broken']
+    assert '31' in found['broken'] and '\n' not in found['broken']
     assert isinstance(found['RL-v1'], Cost) and next(iter(found)) == 'baseline'
 
 
 @pytest.mark.parametrize(('options', 'complaint'), [
-    (dict(model__neck__in_channels=[4, 8, 16, 31]), "first can't be measured: RuntimeError"),
+    (dict(model__neck__in_channels=[4, 8, 16, 31]), "first can't be measured: .*31"),
     (dict(model__rpn_head__loss_cls__loss_weight=float('nan')), "training step's loss is nan"),
 ])
 def test_a_broken_baseline_is_a_user_error(load, options, complaint):
@@ -98,6 +98,5 @@ def test_what_one_process_on_a_cpu_cannot_do_is_left_out(load, monkeypatch):
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='torchvision://resnet34')
     subject = subject_of(cfg)
     assert type(subject.optim) is OptimWrapper
-    assert subject.remarks == ['mixed precision needs a GPU; measured in float32']
     subject.step()
     assert subject.optim.optimizer.state

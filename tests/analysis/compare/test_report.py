@@ -57,7 +57,7 @@ def make_variant(name, aps=(), difference=None, options=None, cost=1.):
 
 
 def make_run(variant, seed=0, score=None, status='finished', error=None, curve=()):
-    scores = {} if score is None else {'bbox': Scores(*[score] * 6)}
+    scores = {} if score is None else {'bbox': Scores(*[score] * 6, 12, 34)}
     return RunResult(variant, seed, status, error, scores, {'bbox': curve} if curve else {}, f'runs/{variant}', None)
 
 
