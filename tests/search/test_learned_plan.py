@@ -111,8 +111,9 @@ def refused(snapshot) -> Callable[..., str]:
 
 def test_budget_that_cant_be_reached(resnet, refused):
     said = refused(resnet(), dict(plan=dict(type='LearnedPlan', budget=dict(params=0.1))))
-    assert re.fullmatch(r"replacement.plan: LearnedPlan\(.*\): the budget can't be reached: with 5 blocks replaced, all "
-                        r"that save something, \d\.\d{3} of the unreplaced model's learnable parameters are left", said)
+    assert re.fullmatch(r"replacement.plan: LearnedPlan\(.*\): the budget can't be reached: with 5 blocks replaced, "
+                        r"all that save something, \d\.\d{3} of the unreplaced model's learnable parameters are left",
+                        said)
 
 
 def test_models_with_nothing_to_replace(resnet, refused):

@@ -74,8 +74,7 @@ def score_detections(annotations: Path, detections: Path, metric: str,
         The average precisions, and the matches behind AP.
 
     Raises:
-        ValueError: for a class or an image that the annotations don't have, or detections without masks where the
-            metric is 'segm'.
+        ValueError: for a class that the annotations don't have, or detections without masks where the metric is 'segm'.
     """
     with redirect_stdout(StringIO()):  # pycocotools prints
         coco = COCO(str(annotations))
@@ -84,23 +83,19 @@ def score_detections(annotations: Path, detections: Path, metric: str,
             raise ValueError(f'classes {[name for name in classes if name not in known]} are not among the categories '
                              f'of the annotations, which are {list(known)}')
         categories = {name: known[name] for name in classes}
-        entries, notes = _read_detections(detections, metric, set(coco.getImgIds()))
+        entries, notes = _read_detections(detections, metric)
         evaluation = _evaluate(coco, entries, metric, list(categories.values()))
     averages = [None if value < 0 else float(value) for value in evaluation.stats[:6]]  # pycocotools' -1 is no value
     matches = _matches(evaluation, categories)
     return Scores(*averages, len(matches.objects), int(matches.objects.sum()), notes), matches
 
 
-def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[dict], tuple[str, ...]]:
+def _read_detections(path: Path, metric: str) -> tuple[list[dict], tuple[str, ...]]:
     """The entries that can be scored, and notes about the others.
 
     A box that is not a number would be matched to any object: its IoU is below no threshold.
     """
     entries = json.loads(path.read_text())
-    strangers = {entry['image_id'] for entry in entries} - images
-    if strangers:
-        raise ValueError(f'{path} has detections on images that the annotations do not have, such as image_id '
-                         f'{min(strangers)}; dump them again on the images of the annotations')
     if metric == 'segm':
         if not all('segmentation' in entry for entry in entries):
             raise ValueError(f"metric 'segm' needs detections with a segmentation, {path} has some without")
