@@ -34,7 +34,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 CONFIG = '''
 _base_ = '{root}/configs/digits/atss_rl-r34-k2_fpn_digits.py'
 model = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[4, 8, 16, 32]))
-small = dict(image_size=(64, 64), data_root='{folder}/digits/', scenes=dict(scales=(16, 30)))
+small = dict(image_size=(64, 64), data_root='{folder}/digits/')
 flip = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
         dict(type='Resize', scale=(64, 64), keep_ratio=True), dict(type='RandomFlip', prob=0.5),
         dict(type='PackDetInputs')]

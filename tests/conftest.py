@@ -17,10 +17,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'digits'
 TINY = '''
 _base_ = {base!r}
 model = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[4, 8, 16, 32]))
-train_dataloader = dict(batch_size=2, dataset=dict(num_images=6, image_size=(64, 64), data_root={root!r},
-                                                   scenes=dict(scales=(16, 30))))
-val_dataloader = dict(dataset=dict(num_images=2, image_size=(64, 64), data_root={root!r},
-                                   scenes=dict(scales=(16, 30))))
+train_dataloader = dict(batch_size=2, dataset=dict(num_images=6, image_size=(64, 64), data_root={root!r}))
+val_dataloader = dict(dataset=dict(num_images=2, image_size=(64, 64), data_root={root!r}))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file={root!r} + 'annotations/instances_val.json')
 test_evaluator = val_evaluator

@@ -188,7 +188,8 @@ MMPRETRAIN_SWIN = dict(backbone='mmpretrain.SwinTransformer', arch=dict(SWIN, de
 @pytest.mark.parametrize(('classifier', 'detector'), [
     (partial(RLSwin, **SWIN, out_indices=(3,)), partial(RLSwin, **SWIN)),
     pytest.param(partial(build_rl_backbone, **MMPRETRAIN_SWIN), partial(RLSwin, **SWIN), marks=needs_mmpretrain),
-    (partial(RLViT, timm='vit_base_patch16_224', norm=True, class_token=False, global_pool='avg', fc_norm=False, **VIT),
+    (partial(build_rl_backbone, timm='vit_base_patch16_224', norm=True, class_token=False, global_pool='avg',
+             fc_norm=False, **VIT),
      partial(RLViT, VIT, img_size=64)),
 ], ids=['swin', 'mmpretrain_swin', 'vit'])
 def test_all_that_a_classifier_and_a_detector_share_is_loaded(classifier, detector, more, randomise_, tmp_path):

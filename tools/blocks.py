@@ -7,7 +7,6 @@ from rl_mmdet_cli import config_arguments, start
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Show the blocks of a config\'s backbone',
                                      parents=[config_arguments()])
-    parser.add_argument('--checkpoint', help='a baseline\'s weights: adds the fit residual of replaced blocks')
     parser.add_argument('--savings', action='store_true', help='instead: what RL-v1, RL-v2 and fold_norm would save of '
                         'a training step, at the config\'s own batch and image size (a minute)')
     return parser.parse_args()
@@ -22,7 +21,7 @@ def main(args: argparse.Namespace) -> None:
     if args.savings:
         table, lines = analysis.savings_table(cfg)
     else:
-        table = analysis.block_table(cfg, args.checkpoint, args.allow_pickle)
+        table = analysis.block_table(cfg)
     console = Console()
     console.print(table) if console.is_terminal else Console(width=160).print(table)
     if lines:

@@ -24,8 +24,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--launcher', choices=['none', 'pytorch'], default='none',
                         help='pytorch trains every run by torchrun on this machine')
     parser.add_argument('--processes', type=int, help='how many torchrun starts (default: one for each GPU)')
-    parser.add_argument('--jobs', type=int, default=1, help='how many trainings run side by side on the same device; '
-                        'their times then say nothing (default: 1)')
+    parser.add_argument('--jobs', type=int, default=1, help='how many trainings run side by side on the same device '
+                        '(default: 1)')
     parser.add_argument('--report-dir', help='where the report is written (default: the work dir)')
     only = parser.add_mutually_exclusive_group()
     only.add_argument('--cost-only', action='store_true', help='measure costs, train nothing')
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
             folder, args.configs, compare.parse_variants(args.variant), args.seeds, args.cfg_options,
             ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle, command=command_line())
     compare.carry_out(comparison, tools, Path(args.report_dir or folder), measure_costs=not args.report_only,
-                            train=not (args.cost_only or args.report_only), allow_pickle=args.allow_pickle)
+                      train=not (args.cost_only or args.report_only), allow_pickle=args.allow_pickle)
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ custom_imports = dict(imports=['rl_mmdet'], allow_failed_imports=False)
 model = dict(
     backbone=dict(
         _delete_=True,
-        type='mmdet.RLViT',
+        type='mmdet.RLBackbone',
         timm='vit_base_patch16_224',
         norm=True,
         class_token=False,

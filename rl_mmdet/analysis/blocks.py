@@ -1,48 +1,38 @@
-"""A table of a backbone's blocks: which are replaced, by whom, how well their neighbours explain them."""
+"""A table of a backbone's blocks: which are replaced, by whom, and why others can't be."""
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from rich.table import Table
 from torch import nn
 
-from ..engine import UserError, read_checkpoint
+from ..engine import UserError
 from ..engine.preflight import build_model
-from ..models.layouts import state_dict_of
-from ..replacement import ReplacementReport, adapt_state_dict, find_chains
-from ..replacement.report import BlockRow, describe_blocks, describe_state
+from ..replacement import ReplacementReport, find_chains
+from ..replacement.report import describe_blocks, describe_state
 
 
-def block_table(cfg: Config, checkpoint: str | None = None, allow_pickle: bool = False) -> Table:
-    """Tabulate the blocks of ``cfg.model.backbone``.
-
-    Args:
-        cfg: a detector's config, with or without replacement.
-        checkpoint: a baseline's weights (backbone or detector); adds each replaced block's fit residual,
-            :math:`\\lVert θ_i - θ̂_i \\rVert / \\lVert θ_i \\rVert`.
-        allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
+def block_table(cfg: Config) -> Table:
+    """Tabulate the blocks of ``cfg.model.backbone``, with or without replacement.
 
     Raises:
-        UserError: the config has no backbone, the backbone no chain, or the checkpoint can't be read.
+        UserError: the config has no backbone, or the backbone no chain.
     """
     backbone = build_model(Config(dict(model=backbone_cfg(cfg), default_scope=cfg.get('default_scope', 'mmdet'))))
     report = getattr(backbone, 'replacement_report', None)
     rows = report.rows if report else describe_blocks(find_chains(backbone), {})
     if not rows:
         raise UserError(f'backbone {type(backbone).__name__}: found no chain of blocks')
-    residuals = _residuals(backbone, checkpoint, allow_pickle) if checkpoint else {}
     table = Table(title=_title(backbone, report), caption=_caption(report))
-    for column in ('stage', 'block', 'kind', 'parameters', 'state', 'neighbours', 'fit residual', 'note'):
-        table.add_column(column, justify='right' if column in ('block', 'parameters', 'fit residual') else 'left')
+    for column in ('stage', 'block', 'kind', 'parameters', 'state', 'neighbours', 'note'):
+        table.add_column(column, justify='right' if column in ('block', 'parameters') else 'left')
     last = None
     for row in rows:
         if last not in (None, row.chain):
             table.add_section()
         last = row.chain
-        residual = residuals.get(row.name)
         table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}',
                       f'[bold]{describe_state(row)}[/]' if row.replaced else describe_state(row),
                       ', '.join(name for name in (row.before, row.after, *row.others) if name) if row.replaced else '',
-                      '' if residual is None else f'{residual:.3f}',
-                      _note(row))
+                      "can't be replaced: " + row.reason if row.reason else '')
     return table
 
 
@@ -54,21 +44,6 @@ def backbone_cfg(cfg: Config) -> dict:
     if MODELS.get(backbone.type) is None:
         raise UserError(f'model.backbone: unknown type {backbone.type!r}')
     return backbone
-
-
-def _note(row: BlockRow) -> str:
-    """Why a block can't be replaced, if so."""
-    return "can't be replaced: " + row.reason if row.reason else ''
-
-
-def _residuals(backbone: nn.Module, checkpoint: str, allow_pickle: bool) -> dict[str, float]:
-    """Each replaced block's fit residual by its name."""
-    loaded = read_checkpoint(checkpoint, allow_pickle)
-    tensors = state_dict_of(loaded, 'backbone') or state_dict_of(loaded)
-    _, report = adapt_state_dict(backbone, tensors)
-    if not report.loaded:
-        raise UserError(f'{checkpoint}: no tensor of it fits {type(backbone).__name__}')
-    return {name: fit.residual for name, fit in report.fits.items()}
 
 
 def _title(backbone: nn.Module, report: ReplacementReport | None) -> str:

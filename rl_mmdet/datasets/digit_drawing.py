@@ -3,18 +3,20 @@
 The digits are scikit-learn's ``load_digits``: 1797 samples of 8x8 pixels, part of that package, so nothing is
 downloaded.
 """
-import dataclasses
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
-
-from ..replacement.checks import check_number
 
 SPLITS = ('train', 'val')
 CLASSES = tuple('0123456789')
 
 DRAWING_VERSION = 1  # raise it when the drawing changes: older files are then made again
+_DIGITS = 3, 7  # fewest and most in a scene; one that finds no free place is left out
+_SCALES = 20 / 128, 48 / 128  # smallest and largest side of a sample as drawn, by the image's shorter side
+_MAX_OVERLAP = 0.1  # what two boxes share at most, by the smaller one; so it bounds their IoU
+_CLUTTER = 0, 4  # fewest and most blobs and strokes behind the digits
 _SAMPLE_SIDE = 8  # px, side of a load_digits sample
 _MAX_ROTATION = 15.0  # degrees, either way
 _ROOM = 1.25  # room a rotated digit needs, in multiples of its scale: cos 15° + sin 15° = 1.22
@@ -23,54 +25,6 @@ _LABEL_ALPHA = 0.5  # opacity from which a pixel counts as ink in the labels
 _MAX_HIDDEN = 0.5  # share of an earlier digit's visible ink that a digit may hide
 _CROWDING = 0.4  # share of the digits that are placed next to, or partly over, an earlier one
 _PLACE_TRIES = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneSettings:
-    """What a split looks like.
-
-    Args:
-        num_images: Number of scenes, >= 1.
-        image_size: (width, height) in px, each >= 64.
-        seed: Seed of the scenes, >= 0. The samples of a split do not depend on it.
-        digits_per_image: Fewest and most digits, >= 1; one that finds no free place is left out.
-        scales: Smallest and largest side in px of the 8x8 sample as drawn, >= 8; log-uniform.
-        max_overlap: Cap on what two boxes share, in [0, 1), as a fraction of the smaller box; so it bounds their IoU.
-        clutter: Fewest and most pieces of clutter (blobs and strokes) behind the digits.
-
-    Raises:
-        ValueError: If a value is out of its range, or the largest digit does not fit the image.
-    """
-    num_images: int
-    image_size: tuple[int, int] = (160, 160)
-    seed: int = 0
-    digits_per_image: tuple[int, int] = (2, 6)
-    scales: tuple[int, int] = (16, 56)
-    max_overlap: float = 0.2
-    clutter: tuple[int, int] = (2, 8)
-
-    def __post_init__(self) -> None:
-        check_number('num_images', self.num_images, whole=True, least=1)
-        check_number('seed', self.seed, whole=True, least=0)
-        for name, low in dict(image_size=64, digits_per_image=1, scales=_SAMPLE_SIDE, clutter=0).items():
-            object.__setattr__(self, name, _checked_pair(name, getattr(self, name), low))
-        object.__setattr__(self, 'max_overlap', float(check_number('max_overlap', self.max_overlap, least=0, below=1)))
-        largest = math.floor((min(self.image_size) - 2) / _ROOM)
-        if self.scales[1] > largest:
-            raise ValueError(f'scales={self.scales}: digits of at most {largest} px fit image_size={self.image_size} '
-                             f'when rotated; lower the upper scale to {largest} or enlarge the image.')
-
-
-def _checked_pair(name: str, value: tuple[int, int], low: int) -> tuple[int, int]:
-    """Two integers as a tuple."""
-    is_size = name == 'image_size'
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f'{name}={value!r}: expected two integers {"(width, height)" if is_size else "(low, high)"}.')
-    for number in value:
-        check_number(name, number, whole=True, least=low)
-    if not is_size and value[0] > value[1]:
-        raise ValueError(f'{name}={value!r}: the lower bound exceeds the upper; swap them.')
-    return tuple(value)
 
 
 def digit_samples(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -96,12 +50,13 @@ def digit_samples(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return indices, digits.images[indices].astype(np.float32) / 16, digits.target[indices]
 
 
-def draw_scene(settings: SceneSettings, split: str, index: int, samples: np.ndarray, labels: np.ndarray,
+def draw_scene(image_size: tuple[int, int], seed: int, split: str, index: int, samples: np.ndarray, labels: np.ndarray,
                ) -> tuple[np.ndarray, list[dict]]:
     """Draw one scene; it depends on nothing but the arguments.
 
     Args:
-        settings: What the scenes look like; ``num_images`` doesn't matter.
+        image_size: (width, height) in px.
+        seed: Seed of the scenes. The samples of a split do not depend on it.
         split: 'train' or 'val'.
         index: Number of the image in the split.
         samples, labels: The split's handwriting, see :func:`digit_samples`.
@@ -110,15 +65,16 @@ def draw_scene(settings: SceneSettings, split: str, index: int, samples: np.ndar
         The RGB image, uint8 of shape (height, width, 3), and its COCO annotations without ids. A box encloses exactly
         the visible ink of its digit, which lies wholly inside the image.
     """
-    rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
-    canvas = _background(rng, settings.image_size)
-    _add_clutter(rng, canvas, int(rng.integers(*settings.clutter, endpoint=True)))
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    scales = [min(image_size) * share for share in _SCALES]
+    canvas = _background(rng, image_size)
+    _add_clutter(rng, canvas, int(rng.integers(*_CLUTTER, endpoint=True)))
     owner = np.zeros(canvas.shape[:2], np.int32)  # ink on top: 0 nobody's, k the k-th digit's
     boxes, drawn = [], []
-    for _ in range(rng.integers(*settings.digits_per_image, endpoint=True)):
+    for _ in range(rng.integers(*_DIGITS, endpoint=True)):
         chosen = rng.integers(len(samples))
-        alpha = _ink(rng, samples[chosen], settings.scales)
-        box = _find_place(rng, owner, alpha, boxes, settings.max_overlap)
+        alpha = _ink(rng, samples[chosen], scales)
+        box = _find_place(rng, owner, alpha, boxes)
         if box is None:
             continue
         boxes.append(box)
@@ -158,7 +114,7 @@ def _add_clutter(rng: np.random.Generator, canvas: np.ndarray, pieces: int) -> N
             cv2.polylines(canvas, [points], False, color, int(rng.integers(1, 4)), cv2.LINE_AA)
 
 
-def _ink(rng: np.random.Generator, sample: np.ndarray, scales: tuple[int, int]) -> np.ndarray:
+def _ink(rng: np.random.Generator, sample: np.ndarray, scales: Sequence[float]) -> np.ndarray:
     """Enlarge and rotate a sample into an antialiased opacity map, cut to its ink.
 
     The 8x8 values are interpolated (bicubic) and then steepened around the ink level, so that an edge is about 1.5 px
@@ -177,7 +133,7 @@ def _ink(rng: np.random.Generator, sample: np.ndarray, scales: tuple[int, int]) 
 
 
 def _find_place(rng: np.random.Generator, owner: np.ndarray, alpha: np.ndarray, boxes: list[tuple],
-                max_overlap: float) -> tuple[int, int, int, int] | None:
+                ) -> tuple[int, int, int, int] | None:
     """A box (x, y, w, h) that keeps the overlap cap and leaves enough of the earlier digits visible, or None."""
     height, width = alpha.shape
     ink = alpha >= _LABEL_ALPHA
@@ -190,7 +146,7 @@ def _find_place(rng: np.random.Generator, owner: np.ndarray, alpha: np.ndarray, 
         x = int(rng.integers(left, right, endpoint=True))
         y = int(rng.integers(top, bottom, endpoint=True))
         box = (x, y, width, height)
-        if any(_overlap(box, other) > max_overlap for other in boxes):
+        if any(_overlap(box, other) > _MAX_OVERLAP for other in boxes):
             continue
         beneath = owner[_region(box)][ink]
         if all(np.count_nonzero(beneath == k) <= _MAX_HIDDEN * np.count_nonzero(owner == k)

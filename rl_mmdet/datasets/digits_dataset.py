@@ -22,14 +22,12 @@ class DigitScenesDataset(CocoDataset):
     Args:
         data_root: Folder that holds train and val, made if missing.
         split: 'train' or 'val'.
-        num_images, image_size, seed: See :class:`~rl_mmdet.datasets.digit_drawing.SceneSettings`.
-        scenes: Its other arguments: ``digits_per_image``, ``scales``, ``max_overlap``, ``clutter``.
+        num_images, image_size, seed: See :func:`~rl_mmdet.datasets.digit_scenes.generate_digit_scenes`.
         **kwargs: Arguments of ``CocoDataset`` but ``ann_file`` and ``data_prefix``: ``pipeline``, ``filter_cfg``,
             ``test_mode``, ``backend_args`` and so on.
 
     Raises:
-        ValueError: If ``ann_file`` or ``data_prefix`` is given, ``scenes`` has an unknown key, or a value is out of
-            range.
+        ValueError: If ``ann_file`` or ``data_prefix`` is given, or a value is out of range.
         FileExistsError: If files of another origin are in the way.
     """
 
@@ -39,19 +37,12 @@ class DigitScenesDataset(CocoDataset):
                     (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128)],
     }
 
-    SCENE_KEYS = ('digits_per_image', 'scales', 'max_overlap', 'clutter')
-    """What ``scenes`` may hold."""
-
     def __init__(self, *, data_root: str = 'data/digits', split: str = 'train', num_images: int = 1000,
-                 image_size: tuple[int, int] = (160, 160), seed: int = 0, scenes: dict | None = None, **kwargs) -> None:
+                 image_size: tuple[int, int] = (128, 128), seed: int = 0, **kwargs) -> None:
         for name in ('ann_file', 'data_prefix'):
             if name in kwargs:
                 raise ValueError(f'{name}={kwargs[name]!r}: DigitScenesDataset sets it from data_root and split; '
                                  'remove it from the config.')
-        scenes = dict(scenes or {})
-        unknown = sorted(set(scenes) - set(self.SCENE_KEYS))
-        if unknown:
-            raise ValueError(f'scenes has unknown keys {unknown}; allowed are {self.SCENE_KEYS}.')
-        annotations = generate_digit_scenes(data_root, split, num_images, image_size=image_size, seed=seed, **scenes)
+        annotations = generate_digit_scenes(data_root, split, num_images, image_size, seed)
         super().__init__(data_root=data_root, ann_file=os.path.relpath(annotations, data_root),
                          data_prefix={'img': f'{split}/'}, **kwargs)

@@ -5,14 +5,13 @@ Source: "Scalable Weight Reparametrization for Efficient Transfer Learning", arX
 """
 from .begin_search import begin_search, searched_setting
 from .block_search import BlockSearch
-from .learned_plan import LearnedPlan, RandomPlan
+from .learned_plan import LearnedPlan
 from .policy import Policy
 from .search_base import Search, SearchResult
 from .search_space import SearchSpace
 from .tensor_search import TensorSearch
-from .transfers import SWR, TRANSFERS, GradientNorm, RandomTensors, Tensors
+from .transfers import SWR, TRANSFERS, Tensors
 from .units import Unit
 
-__all__ = ['SWR', 'TRANSFERS', 'BlockSearch', 'GradientNorm', 'LearnedPlan', 'Policy', 'RandomPlan', 'RandomTensors',
-           'Search', 'SearchResult', 'SearchSpace', 'TensorSearch', 'Tensors', 'Unit', 'begin_search',
-           'searched_setting']
+__all__ = ['SWR', 'TRANSFERS', 'BlockSearch', 'LearnedPlan', 'Policy', 'Search', 'SearchResult', 'SearchSpace',
+           'TensorSearch', 'Tensors', 'Unit', 'begin_search', 'searched_setting']

@@ -5,10 +5,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ..folding import unfold_norm_
 from ..replacement import computing_layers
 from ..replacement.chain import Choice
 from ..replacement.plans.trial import copy_around_parameters
+from .learned_plan import count_learnable
+from .policy import Policy
 from .search_base import Collective, Search, SearchResult
 from .search_space import NAME, SearchSpace, finish_search_
 from .units import Unit
@@ -37,8 +38,9 @@ class BlockSearch(Search):
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         space: SearchSpace = getattr(model, NAME)
-        share = space.plan.limit.share
-        super().__init__(model, space.plan.schedule.policy(_units(space), share - 1, steps, share / 100, space.fits))
+        share = space.plan.share
+        super().__init__(model, Policy(_units(space), share - 1, steps, share / 100, space.plan.schedule.seed,
+                                       space.fits))
         self.leaves: list[Tensor] = []
         """One number per gate, which gets the gradient with respect to it in backward."""
 
@@ -63,11 +65,11 @@ class BlockSearch(Search):
         self.space.set_gates(self.best())
 
     def decide(self) -> tuple[Choice, float]:
-        """The blocks to replace, and how much they leave of the limited quantity: measured, as a share.
+        """The blocks to replace, and how much they leave of the learnable parameters: counted, as a share.
 
         Savings don't always add up; where too much is left, further blocks are replaced, likely ones first.
         """
-        gates, share = self.best(), self.space.plan.limit.share
+        gates, share = self.best(), self.space.plan.share
         whole = self._measure([False] * len(gates))
         left = self._measure(gates) / whole
         for index in self.policy.scores.argsort(descending=True).tolist():
@@ -88,16 +90,14 @@ class BlockSearch(Search):
         report = self.model.replacement_report = finish_search_(self.model, choice)
         for layer in computing_layers(self.model).values():
             layer.norm_stale = True  # its statistics are a mixture over the neighbours that it had while searching
-        text = f'{plan}: {left:.4f} of the {plan.limit.name} are left\n{report}'
+        text = f'{plan}: {left:.4f} of the learnable parameters are left\n{report}'
         return SearchResult(dict(plan=dict(type='Blocks', blocks=report.replaced)), text)
 
-    def _measure(self, gates: list[bool]) -> float:
-        """The limited quantity of the model with these blocks replaced, measured on a copy."""
+    def _measure(self, gates: list[bool]) -> int:
+        """The learnable parameters of the model with these blocks replaced, counted on a copy."""
         twin = copy_around_parameters(self.model)
         finish_search_(twin, self.space.choice(gates))
-        unfold_norm_(twin)  # the limit is a share of the model as it was without folded norms
-        twin.eval()
-        return self.space.plan.limit.measure(twin)
+        return count_learnable(twin)
 
 
 def _units(space: SearchSpace) -> list[Unit]:

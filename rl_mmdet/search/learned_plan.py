@@ -1,8 +1,5 @@
-"""LearnedPlan: where to replace is learned while the model trains; and the random choice to compare it with."""
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+"""LearnedPlan: where to replace is learned while the model trains."""
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -13,13 +10,11 @@ from ..replacement.computing_layer import LayerSettings
 from ..replacement.fusions import OwnWeights
 from ..replacement.plans import Plan
 from ..replacement.plans.plan import add_
+from ..replacement.plans.trial import replaced_twin
 from ..replacement.surgery import check_fusion, check_some
 from .schedule import SearchSchedule
 from .search_space import SearchSpace
-from .share_limit import ShareLimit
-
-DRAWS = 100
-"""How often a RandomPlan draws at most: where blocks exclude each other not every draw keeps the budget."""
+from .transfers import learnable
 
 
 @PLANS.register_module()
@@ -34,8 +29,9 @@ class LearnedPlan(Plan):
     kept, and the model becomes the ordinary replaced one of ``plan=dict(type='Blocks', ...)``, which trains on.
 
     Args:
-        budget, image_size: see :class:`~rl_mmdet.search.share_limit.ShareLimit`; as few blocks are replaced as keep it.
-        epochs, iters, temperature, lr, seed: see :class:`~rl_mmdet.search.schedule.SearchSchedule`.
+        budget: ``dict(params=0.7)``, the share of the unreplaced model's learnable parameters that may be left; as few
+            blocks are replaced as keep it.
+        epochs, iters, seed: see :class:`~rl_mmdet.search.schedule.SearchSchedule`.
 
     Raises:
         ValueError: a value out of range, or both ``epochs`` and ``iters``; when applied: no choice keeps the budget.
@@ -45,11 +41,15 @@ class LearnedPlan(Plan):
     searches = True
 
     def __init__(self, budget: Mapping[str, float], epochs: int | None = None, iters: int | None = None,
-                 temperature: Sequence[float] = (1., 0.2), lr: float = 0.03, seed: int = 0,
-                 image_size: Sequence[int] = (256, 256)) -> None:
-        with _named('LearnedPlan'):
-            self.limit = ShareLimit(budget, image_size)
-            self.schedule = SearchSchedule(epochs, iters, temperature, lr, seed)
+                 seed: int = 0) -> None:
+        if not isinstance(budget, Mapping) or set(budget) != {'params'}:
+            raise ValueError(f'LearnedPlan: budget must be a dict such as dict(params=0.7), got {budget!r}')
+        self.share = check_number('LearnedPlan: budget.params', budget['params'], above=0, below=1,
+                                  hint='a share of the unreplaced model\'s learnable parameters')
+        try:
+            self.schedule = SearchSchedule(epochs, iters, seed)
+        except ValueError as error:
+            raise ValueError(f'LearnedPlan: {error}') from None
 
     def carry_out_(self, model: nn.Module, chains: Mapping[str, Chain], settings: LayerSettings) -> ReplacementReport:
         """Put a computing layer beside every block that can be replaced, in place; a search is to choose."""
@@ -63,71 +63,40 @@ class LearnedPlan(Plan):
         check_fusion(chains, candidates, settings.fusion)
         try:
             check_some(chains, candidates, self)
-            with _named(self):
-                savings = self.limit.savings(chains, model, settings)
+            savings = self._savings(chains, model, settings)
         except ValueError as error:
             raise ValueError(f'replacement.plan: {error}') from None
         return ReplacementReport(SearchSpace(model, chains, self, savings, settings).rows)
 
-    def _arguments(self) -> str:
-        return f'{self.limit}{self.schedule}'
+    def _savings(self, chains: Mapping[str, Chain], model: nn.Module, settings: LayerSettings) -> dict[Place, float]:
+        """Which share each block saves if it alone is replaced; only blocks that save something.
 
+        Raises:
+            ValueError: too much is left with all of them replaced.
+        """
+        whole = count_learnable(model)
 
-@PLANS.register_module()
-class RandomPlan(Plan):
-    """Blocks drawn at random, as many as keep a budget: what a :class:`LearnedPlan` has to beat.
+        def left(choice: Choice) -> float:
+            """The share that is left with these blocks replaced."""
+            return count_learnable(replaced_twin(model, choice, settings)) / whole
 
-    Args:
-        budget, image_size: see :class:`~rl_mmdet.search.share_limit.ShareLimit`.
-        seed: of the draw.
-
-    Raises:
-        ValueError: a value out of range; when chosen: no choice keeps the budget.
-    """
-
-    def __init__(self, budget: Mapping[str, float], seed: int = 0, image_size: Sequence[int] = (256, 256)) -> None:
-        with _named('RandomPlan'):
-            self.limit = ShareLimit(budget, image_size)
-            self.seed = check_number('seed', seed, whole=True, least=0, below=2**63)
-
-    def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
-        if model is None:
-            raise ValueError('RandomPlan: it measures the model, so it needs one; use it as the plan of '
-                             'replace_blocks_()')
-        if not any(chain.replaceable() for chain in chains.values()):
-            return {name: [] for name in chains}
-        with _named(self):
-            places = list(self.limit.savings(chains, model, settings))
-        generator, left = random.Random(self.seed), self.limit.left_with(model, settings)
-        for _ in range(DRAWS):
-            choice = self._first_that_keep_it(chains, generator.sample(places, len(places)), left)
-            if left(choice) <= self.limit.share:
-                return choice
-        raise ValueError(f'{self}: {DRAWS} draws found no choice that keeps the budget: too many of the blocks exclude '
-                         'each other')
-
-    def _first_that_keep_it(self, chains: Mapping[str, Chain], drawn: Sequence[Place],
-                            left: Callable[[Choice], float]) -> Choice:
-        """The first of the drawn blocks with which the budget is kept, without those that turn out to be needless."""
-        choice: Choice = {name: [] for name in chains}
-        for chain, index in drawn:
-            if left(choice) <= self.limit.share:
-                break
-            add_(choice, chains, chain.name, index)
-        for chain, index in drawn:
-            less = choice | {chain.name: [other for other in choice[chain.name] if other != index]}
-            if left(less) <= self.limit.share:
-                choice = less
-        return choice
+        places = [Place(chain, index) for chain in chains.values() for index in chain.replaceable()]
+        alone = {place: 1 - left({place.chain.name: [place.index]}) for place in places}
+        savings = {place: saving for place, saving in alone.items() if saving > 0}
+        most: Choice = {name: [] for name in chains}
+        for chain, index in savings:
+            add_(most, chains, chain.name, index)
+        lowest = left(most)
+        if lowest > self.share:
+            raise ValueError(f'{self}: the budget can\'t be reached: with {sum(map(len, most.values()))} blocks '
+                             f'replaced, all that save something, {lowest:.3f} of the unreplaced model\'s learnable '
+                             'parameters are left')
+        return savings
 
     def _arguments(self) -> str:
-        return f'{self.limit}, seed={self.seed}'
+        return f'budget=dict(params={self.share}){self.schedule}'
 
 
-@contextmanager
-def _named(plan: Any) -> Iterator[None]:
-    """Put the plan in front of an error's text."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f'{plan}: {error}') from error
+def count_learnable(model: nn.Module) -> int:
+    """Number of parameters that learn."""
+    return sum(parameter.numel() for _, parameter in learnable(model))

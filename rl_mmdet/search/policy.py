@@ -11,6 +11,10 @@ from torch import Tensor
 from .knapsack import pack
 from .units import PolicyNetwork, Unit, descriptors
 
+TEMPERATURES = 1., 0.2
+"""At the first and at the last step."""
+LR = 0.03
+"""Of Adam, for the network's biases of units; its layers, which move all units at once, learn with a tenth."""
 MEMORY = 0.95
 """How much of the running mean square of the gates' gradients stays in each step."""
 
@@ -42,8 +46,6 @@ class Policy:
         limit: t, the most that the units that are taken may weigh together.
         steps: how many times :meth:`learn` is going to be called.
         tolerance: how much less they should weigh at most, where units are small enough.
-        temperature: τ at the first and at the last step.
-        lr: of Adam, for the network's biases of units; its layers, which move all units at once, learn with a tenth.
         seed: of the network and of the gates; equal seeds give equal gates in all processes.
         fits: whether these units can be taken together. What doesn't fit gives way to units that are more probable.
 
@@ -56,13 +58,11 @@ class Policy:
     penalty, is ours.
     """
 
-    def __init__(self, units: Sequence[Unit], limit: float, steps: int, tolerance: float = 0.01,
-                 temperature: tuple[float, float] = (1., 0.2), lr: float = 0.03, seed: int = 0,
+    def __init__(self, units: Sequence[Unit], limit: float, steps: int, tolerance: float = 0.01, seed: int = 0,
                  fits: Callable[[list[bool]], bool] = lambda gates: True) -> None:
         self.units = list(units)
         self.limit, self.tolerance, self.fits = limit, tolerance, fits
         self.step, self.steps = 0, steps
-        self.temperatures = temperature
         weights = torch.tensor([unit.weight for unit in units], dtype=torch.float64)
         self.scale = weights.abs().mean().item()
         self.weights = weights / self.scale
@@ -73,7 +73,7 @@ class Policy:
             self.table = descriptors(units)
             self.network = PolicyNetwork(len(units), self.table.shape[1])
         own, *shared = self.network.parameters()
-        self.optimizer = torch.optim.Adam([dict(params=own), dict(params=shared, lr=lr / 10)], lr)
+        self.optimizer = torch.optim.Adam([dict(params=own), dict(params=shared, lr=LR / 10)], LR)
         self.mean_square = 0.
         self.settled = torch.full_like(weights, math.nan)
         self.scores = self._scores()
@@ -83,14 +83,12 @@ class Policy:
     @property
     def temperature(self) -> float:
         """τ of the step to come."""
-        first, last = self.temperatures
+        first, last = TEMPERATURES
         return first * (last / first) ** min(1., self.step / max(1, self.steps - 1))
 
     def probabilities(self) -> Tensor:
         """(N,) with which each gate is open."""
         return self._with_settled(torch.sigmoid(self._logits()))
-
-    log_values = probabilities
 
     def sample(self) -> list[bool]:
         """Draw the gates of one step."""
@@ -152,7 +150,10 @@ class Policy:
         Raises:
             ValueError: it is of other units, or was for another number of steps.
         """
-        check_same_search(state, self.units, self.steps)
+        if state['units'] != [unit.name for unit in self.units]:
+            raise ValueError('the search was for other blocks or tensors')
+        if state['steps'] != self.steps:
+            raise ValueError(f'the search was to take {state["steps"]} steps and would now take {self.steps}')
         self.network.load_state_dict(state['network'])
         self.optimizer.load_state_dict(deepcopy(state['optimizer']))
         self.generator.set_state(state['generator'])
@@ -214,11 +215,3 @@ class Policy:
         if over(low) <= 0:
             return logits(low)
         return logits(high if over(high) >= 0 else brentq(over, low, high))
-
-
-def check_same_search(state: dict[str, Any], units: Sequence[Unit], steps: int) -> None:
-    """Raise a ValueError if a saved state is of other units, or was for another number of steps."""
-    if state['units'] != [unit.name for unit in units]:
-        raise ValueError('the search was for other blocks or tensors')
-    if state['steps'] != steps:
-        raise ValueError(f'the search was to take {state["steps"]} steps and would now take {steps}')

@@ -1,21 +1,15 @@
-"""How long a search is, and how its policy learns."""
-from collections.abc import Callable, Sequence
+"""How long a search is."""
 from dataclasses import dataclass
-from typing import Any
 
 from ..replacement.checks import check_number
-from .policy import Policy
-from .units import Unit
 
 
 @dataclass(frozen=True)
 class SearchSchedule:
-    """How long a search is, and how its policy learns.
+    """How long a search is, and what its policy draws.
 
     Args:
         epochs, iters: length of the search; give one, or none for the first half of the training.
-        temperature: of the policy, at the first and at the last step.
-        lr: learning rate of the policy.
         seed: of the policy's network and of the gates it draws.
 
     Raises:
@@ -23,8 +17,6 @@ class SearchSchedule:
     """
     epochs: int | None = None
     iters: int | None = None
-    temperature: Sequence[float] = (1., 0.2)
-    lr: float = 0.03
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -33,11 +25,6 @@ class SearchSchedule:
                              'one out')
         for name, value in self._length().items():
             check_number(name, value, whole=True, least=1)
-        if not is_pair(self.temperature):
-            raise ValueError(f'temperature must be two numbers above 0, got {self.temperature!r}')
-        for value in self.temperature:
-            check_number('temperature', value, least=0.001)
-        check_number('lr', self.lr, above=0, most=100)
         check_number('seed', self.seed, whole=True, least=0, below=2**63)
 
     def steps(self, run: int, per_epoch: int | None) -> int:
@@ -58,11 +45,6 @@ class SearchSchedule:
                              'longer')
         return steps
 
-    def policy(self, units: Sequence[Unit], limit: float, steps: int, tolerance: float,
-               fits: Callable[[list[bool]], bool] = lambda gates: True) -> Policy:
-        """A new policy that learns like this; arguments as for :class:`~.policy.Policy`."""
-        return Policy(units, limit, steps, tolerance, tuple(self.temperature), self.lr, self.seed, fits)
-
     def _length(self) -> dict[str, int]:
         """``epochs`` or ``iters``, whichever was given."""
         return {name: value for name, value in dict(epochs=self.epochs, iters=self.iters).items() if value is not None}
@@ -70,8 +52,3 @@ class SearchSchedule:
     def __str__(self) -> str:
         """The length as it was given, to be appended to other arguments."""
         return ''.join(f', {name}={value}' for name, value in self._length().items())
-
-
-def is_pair(value: Any) -> bool:
-    """Whether ``value`` is a list or tuple of two."""
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2

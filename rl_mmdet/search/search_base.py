@@ -68,8 +68,8 @@ class Search:
         raise NotImplementedError
 
     def scalars(self) -> dict[str, float]:
-        """For the log: of each unit the probability that its gate is open, or what else decides."""
-        return dict(zip([unit.name for unit in self.policy.units], self.policy.log_values().tolist(), strict=True))
+        """For the log: of each unit the probability that its gate is open."""
+        return dict(zip([unit.name for unit in self.policy.units], self.policy.probabilities().tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed search needs besides the model's own state."""

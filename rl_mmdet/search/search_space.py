@@ -86,7 +86,7 @@ class SearchSpace:
     def _open_or_not(self, row: BlockRow) -> BlockRow:
         """A block's row, which says that it is open, or why it isn't."""
         if row.reason is None and row.name not in {place.name for place in self.places}:
-            return replace(row, reason=f'that would save no {self.plan.limit.name}')
+            return replace(row, reason='that would save no learnable parameters')
         return replace(row, open=row.reason is None)
 
 

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .policy import Policy
 from .search_base import Collective, Search, SearchResult
 from .transfers import freeze_others_, learnable, tensor_units
 
 
 class TensorSearch(Search):
-    """Learns which tensors of a backbone are updated (:class:`~.transfers.SWR`, :class:`~.transfers.GradientNorm`).
+    """Learns which tensors of a backbone are updated (:class:`~.transfers.SWR`).
 
     The model's parameters *are* :math:`W + gΔ`: they are set before each step, and what the optimizer makes of those
     whose gate is open is the new :math:`W + Δ`. No module of the model is changed, so everything runs as ever.
@@ -37,7 +38,8 @@ class TensorSearch(Search):
     """
 
     def __init__(self, model: nn.Module, steps: int) -> None:
-        super().__init__(model, model.transfer.policy(tensor_units(model), model.transfer.room(model), steps))
+        room = model.transfer.room(model)
+        super().__init__(model, Policy(tensor_units(model), room, steps, room / 100, model.transfer.schedule.seed))
         self.parameters = dict(learnable(model))
         self.base = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.tuned = {name: tensor.clone() for name, tensor in self.base.items()}
@@ -53,10 +55,10 @@ class TensorSearch(Search):
     @torch.no_grad()
     def look(self) -> None:
         """Just before the optimizer's step: look at the gradients, and hide those of tensors with a closed gate."""
-        signal, device = self.model.transfer.signal, next(iter(self.base.values())).device
+        device = next(iter(self.base.values())).device
         self.gradient = torch.stack([
             torch.zeros((), device=device) if parameter.grad is None else
-            signal(parameter.grad.float(), (self.tuned[name] - self.base[name]).float())
+            (parameter.grad.float() * (self.tuned[name] - self.base[name]).float()).sum()
             for name, parameter in self.parameters.items()])
         for parameter, gate in zip(self.parameters.values(), self.gates, strict=True):
             if not gate:

@@ -14,7 +14,7 @@ SIZE = (128, 96)
 
 
 def generate(root, split='train', num_images=4, **settings):
-    return Path(generate_digit_scenes(root, split, num_images, **{'image_size': SIZE, 'scales': (12, 40), **settings}))
+    return Path(generate_digit_scenes(root, split, num_images, **{'image_size': SIZE, **settings}))
 
 
 def contents(root):
@@ -118,9 +118,7 @@ def test_at_the_same_time_one_draws_and_shows_its_progress(tmp_path, finished, c
     ({'num_images': 0}, 'num_images must be an integer of at least 1, got 0'),
     ({'seed': True}, 'seed must be an integer of at least 0, got True'),
     ({'image_size': 128}, r'image_size=128: expected two integers \(width, height\)'),
-    ({'scales': (40, 12)}, 'lower bound exceeds the upper'),
-    ({'scales': (16, 90)}, 'lower the upper scale to 75'),
-    ({'max_overlap': 1}, 'max_overlap must be a number at least 0 and below 1, got 1'),
+    ({'image_size': (128, 63)}, 'image_size must be an integer of at least 64, got 63'),
 ])
 def test_a_wrong_argument_raises_before_anything_is_written(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):

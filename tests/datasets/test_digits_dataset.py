@@ -14,7 +14,7 @@ PIPELINE = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bb
 
 def config(root, split):
     return dict(type='DigitScenesDataset', data_root=str(root), split=split, num_images=3, image_size=[128, 96],
-                scenes=dict(scales=[12, 40]), pipeline=PIPELINE)
+                pipeline=PIPELINE)
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -48,7 +48,6 @@ def test_a_runner_makes_the_files_before_its_evaluator_opens_them(tmp_path):
 @pytest.mark.parametrize(('wrong', 'message'), [
     (dict(ann_file='elsewhere'), 'ann_file=.*remove it from the config'),
     (dict(data_prefix='elsewhere'), 'data_prefix=.*remove it from the config'),
-    (dict(scenes=dict(scale=(16, 40))), r"unknown keys \['scale'\]; allowed are .*'scales'"),
     (dict(split='test'), "split='test': unknown"),
 ])
 def test_a_wrong_argument_raises_and_nothing_is_written(tmp_path, wrong, message):

@@ -13,7 +13,6 @@ STEPS = 8
 SEARCHES = {
     'LearnedPlan': dict(plan=dict(type='LearnedPlan', budget=dict(params=0.8)), gradient=dict(every=1)),
     'SWR': dict(plan=None, transfer=dict(type='SWR', budget=0.2)),
-    'GradientNorm': dict(plan=None, transfer=dict(type='GradientNorm', budget=0.2)),
 }
 
 

@@ -79,10 +79,9 @@ def of_mmdet(kind: str | type, kwargs: dict[str, Any], replaced: dict[str, list[
     return Case(cfg, dict(type='RLBackbone', backbone=cfg), replaced, **more)
 
 
-def of_timm(name: str, kwargs: dict[str, Any], replaced: dict[str, list[int]], rl: str = 'RLBackbone',
-            **more: Any) -> Case:
+def of_timm(name: str, kwargs: dict[str, Any], replaced: dict[str, list[int]], **more: Any) -> Case:
     cfg = dict(kwargs, timm=name)
-    return Case(dict(cfg, type=TimmBackbone), dict(cfg, type=rl), replaced, with_cp=True, **more)
+    return Case(dict(cfg, type=TimmBackbone), dict(cfg, type='RLBackbone'), replaced, with_cp=True, **more)
 
 
 class NarrowEfficientNet(EfficientNet):
@@ -128,12 +127,12 @@ CASES = {
                        global_attn_indexes=(0, 2, 3, 5), use_rel_pos=True, neck_chans=0),
                   dict(type='RLViT', arch=dict(VIT, depth=6), img_size=64, window_size=2), BLOCKS,
                   frozen=dict(frozen_stages=1), with_cp=True),
-    'RLViT_timm': of_timm('vit_tiny_patch16_224', dict(VIT, depth=6), BLOCKS, 'RLViT', frozen=dict(frozen_stages=1)),
-    'RLViT_eva02': of_timm('eva02_tiny_patch14_224', dict(VIT, depth=5), BLOCKS, 'RLViT',
+    'timm_vit': of_timm('vit_tiny_patch16_224', dict(VIT, depth=6), BLOCKS, frozen=dict(frozen_stages=1)),
+    'timm_eva02': of_timm('eva02_tiny_patch14_224', dict(VIT, depth=5), BLOCKS,
                            frozen=dict(frozen_stages=1)),
-    'RLViT_dinov2': of_timm('vit_small_patch14_dinov2', dict(VIT, depth=5), BLOCKS, 'RLViT',
+    'timm_dinov2': of_timm('vit_small_patch14_dinov2', dict(VIT, depth=5), BLOCKS,
                             frozen=dict(frozen_stages=1)),
-    'RLViT_dinov3': of_timm('vit_small_patch16_dinov3', dict(VIT, depth=5), BLOCKS, 'RLViT',
+    'timm_dinov3': of_timm('vit_small_patch16_dinov3', dict(VIT, depth=5), BLOCKS,
                             frozen=dict(frozen_stages=1)),
     'HRNet': of_mmdet('HRNet', dict(extra=HRNET), {
         'layer1': [1], 'stage2.0.branches.0': [1], 'stage3.0.branches.1': [1], 'stage4.0.branches.3': [1],

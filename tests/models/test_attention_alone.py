@@ -10,7 +10,7 @@ from rl_mmdet.replacement import adapt_state_dict, computing_layers, materialize
 
 slow = pytest.mark.slow
 PARTS = {'RLSwin': 'attn', 'RLViT': 'attn', 'RLResNet': 'conv2', 'timm_convnext': 'mlp',
-         'RLViT_eva02': 'attn', 'timm_swin': 'attn', 'PVT': 'attn', 'HRNet': 'conv2', 'Res2Net': 'convs'}
+         'timm_eva02': 'attn', 'timm_swin': 'attn', 'PVT': 'attn', 'HRNet': 'conv2', 'Res2Net': 'convs'}
 """What is replaced in which case of conftest.py. ConvNeXt's blocks have a parameter beside their submodules."""
 
 

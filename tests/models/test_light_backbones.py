@@ -13,7 +13,7 @@ ALL = ('DepthwiseBlock', 'SlimBlock')
 FITS = {
     'RLResNet': ALL, 'RLResNet_34': ALL, 'RLResNeXt': ALL, 'timm_resnet': ALL,
     'Res2Net': ('DepthwiseBlock',), 'timm_convnext': ('DepthwiseBlock',),
-    'RLSwin': ('SlimBlock',), 'timm_swin': ('SlimBlock',), 'RLViT': ('SlimBlock',), 'RLViT_timm': ('SlimBlock',),
+    'RLSwin': ('SlimBlock',), 'timm_swin': ('SlimBlock',), 'RLViT': ('SlimBlock',), 'timm_vit': ('SlimBlock',),
     'DetectoRS_ResNet': (),
 }
 """What fits the cases in conftest.py."""
@@ -68,7 +68,7 @@ def test_step_with_other_fusions_gives_finite_gradients(name, kind, fusion, buil
     assert_learns_in_a_step(randomise_(build(name, kind, fusion=dict(type=fusion))))
 
 
-@fitting('timm_convnext', 'RLSwin', 'timm_swin', 'RLViT', 'RLViT_timm')
+@fitting('timm_convnext', 'RLSwin', 'timm_swin', 'RLViT', 'timm_vit')
 @pytest.mark.parametrize('norm_eval', [True, False])
 def test_step_with_norms_that_learn_statistics_or_do_not(name, kind, norm_eval, build, randomise_):
     model = randomise_(build(name, kind, norm_eval=norm_eval))

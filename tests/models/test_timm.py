@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rl_mmdet.engine import UserError, load_checkpoint_
-from rl_mmdet.models import RLViT, build_rl_backbone
+from rl_mmdet.models import build_rl_backbone
 from rl_mmdet.models.timm_models import read_timm_weights
 from rl_mmdet.replacement import computing_layers
 
@@ -83,7 +83,7 @@ def test_out_channels_and_strides_are_those_of_the_maps_in_the_models_order(out_
 
 @pytest.mark.parametrize(('out_indices', 'count'), [(None, 1), ((0, 2), 2)])
 def test_maps_of_a_plain_vit_are_by_default_the_last_one(out_indices, count, image):
-    model = RLViT(timm='vit_tiny_patch16_224', out_indices=out_indices, **PLAIN)
+    model = build_rl_backbone(timm='vit_tiny_patch16_224', out_indices=out_indices, **PLAIN)
     assert [tuple(out.shape) for out in model(image)] == [(2, 24, 4, 4)] * count
     assert (model.out_channels, model.out_strides, model.patch) == ([24] * count, [16] * count, 16)
 
@@ -105,7 +105,7 @@ def test_state_dict_has_no_stage_that_no_map_needs():
 
 @pytest.mark.parametrize('norm', [False, True])
 def test_every_parameter_is_found_by_its_name(norm):
-    model = RLViT(timm='vit_tiny_patch16_224', norm=norm, **PLAIN)
+    model = build_rl_backbone(timm='vit_tiny_patch16_224', norm=norm, **PLAIN)
     for name, parameter in model.named_parameters():
         assert model.get_parameter(name) is parameter
 
@@ -229,7 +229,7 @@ def test_preflight_refuses_positions_that_timm_cannot_interpolate(tmp_path):
     save_file(state, tmp_path / 'vit.safetensors')
     with pytest.raises(UserError, match=r"timm can't read weights with position embeddings of shape \(1, 16, 24\) as "
                                         'vit_tiny_patch16_224'):
-        load_checkpoint_(RLViT(timm='vit_tiny_patch16_224', **PLAIN), str(tmp_path / 'vit.safetensors'))
+        load_checkpoint_(build_rl_backbone(timm='vit_tiny_patch16_224', **PLAIN), str(tmp_path / 'vit.safetensors'))
 
 
 # Bad input

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from rl_mmdet.replacement import computing_layers, replace_blocks_
@@ -213,13 +212,3 @@ def test_the_budget_is_kept_where_the_less_harmful_block_excludes_the_one_that_i
         search.leaves[2].grad = torch.tensor(-1.)
         search.learn()
     assert search.decide()[1] <= 0.65
-
-
-def test_budget_of_saved_bytes_with_folded_norms():
-    plan = dict(type='LearnedPlan', budget=dict(saved_bytes=0.88), image_size=(64, 64))
-    model = MODELS.build(dict(type='RLResNet', depth=50, base_channels=8, norm_eval=True, fold_norm=True,
-                              replacement=dict(plan=plan, operator=dict(type='SlimBlock'))))
-    search = BlockSearch(model, 1)
-    search.sample()
-    search.learn()
-    assert search.decide()[1] <= 0.88

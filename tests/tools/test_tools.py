@@ -106,16 +106,11 @@ def test_a_mistake_is_one_line_and_nothing_is_written(run_tool, tiny_config, tmp
     assert [path.name for path in tmp_path.iterdir()] == [Path(config).name]
 
 
-def test_blocks_lists_every_block_with_neighbours_and_fit_residuals(run_tool, tiny_config, tmp_path):
-    baseline = build_model(load_config(tiny_config('atss_r34_fpn_digits.py')))
-    baseline.init_weights()
-    torch.save(baseline.state_dict(), tmp_path / 'baseline.pth')
-    status, output = run_tool('blocks')(tiny_config(), '--checkpoint', 'baseline.pth')
+def test_blocks_lists_every_block_with_neighbours(run_tool, tiny_config):
+    status, output = run_tool('blocks')(tiny_config())
     assert status == 0
     assert output.out.count('BasicBlock') == 16
-    assert 'no kept block after it' in output.out
-    rows = [line for line in output.out.splitlines() if 'layer1.0, layer1.2' in line]
-    assert any(0 < float(cell) < 2 for cell in rows[0].split('│')[-3:-2])
+    assert 'no kept block after it' in output.out and 'layer1.0, layer1.2' in output.out
 
 
 def test_blocks_of_a_baseline_shows_what_could_be_replaced(run_tool, tiny_config):

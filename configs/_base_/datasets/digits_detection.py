@@ -2,7 +2,6 @@
 dataset_type = 'DigitScenesDataset'
 data_root = 'data/digits/'
 image_size = (128, 128)  # (width, height)
-scenes = dict(digits_per_image=(3, 7), scales=(20, 48), max_overlap=0.1, clutter=(0, 4))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -23,7 +22,7 @@ train_dataloader = dict(
     batch_sampler=dict(type='AspectRatioBatchSampler'),
     dataset=dict(
         type=dataset_type, data_root=data_root, split='train', num_images=1000, image_size=image_size,
-        scenes=scenes, filter_cfg=dict(filter_empty_gt=True), pipeline=train_pipeline))
+        filter_cfg=dict(filter_empty_gt=True), pipeline=train_pipeline))
 val_dataloader = dict(
     batch_size=16,
     num_workers=0,
@@ -31,7 +30,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type=dataset_type, data_root=data_root, split='val', num_images=200, image_size=image_size,
-        scenes=scenes, test_mode=True, pipeline=test_pipeline))
+        test_mode=True, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 val_evaluator = dict(

@@ -2,6 +2,6 @@
 from .carry_out import carry_out
 from .comparison import Comparison, parse_variants, plan_comparison
 from .contents import collect
-from .runs import LAUNCHERS, Tools
+from .runs import Tools
 
-__all__ = ['LAUNCHERS', 'Comparison', 'Tools', 'carry_out', 'collect', 'parse_variants', 'plan_comparison']
+__all__ = ['Comparison', 'Tools', 'carry_out', 'collect', 'parse_variants', 'plan_comparison']

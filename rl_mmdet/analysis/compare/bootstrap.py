@@ -1,6 +1,5 @@
 """How far the difference of two detectors' AP could be due to the choice of the val images."""
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,24 +10,7 @@ LEVEL = 0.95
 CHUNK_BYTES = 2 ** 22  # of one class at a time; more than fits the cache is slower
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A difference of AP and its confidence interval, all from -1 to 1.
-
-    Args:
-        difference: on the val images as they are.
-        low, high: ends of the interval.
-        level: share of such intervals that should hold the true difference.
-        resamples: number of resampled sets of images behind the interval.
-    """
-    difference: float
-    low: float
-    high: float
-    level: float
-    resamples: int
-
-
-def average_precision(matches: Matches, counts: np.ndarray | None = None) -> np.ndarray:
+def average_precision(matches: Matches, counts: np.ndarray) -> np.ndarray:
     r"""COCO AP on sets of images that are drawn from the val images with repetition.
 
     .. math:: AP = \frac{1}{|C| T} \sum_{c \in C} \sum_{t=1}^T \frac{1}{101} \sum_{i=0}^{100}
@@ -41,13 +23,11 @@ def average_precision(matches: Matches, counts: np.ndarray | None = None) -> np.
 
     Args:
         matches: of all images.
-        counts: (B, images) how often each image is drawn; None takes each image once.
+        counts: (B, images) how often each image is drawn.
 
     Returns:
         (B,) AP from 0 to 1, NaN where no object is drawn.
     """
-    if counts is None:
-        counts = np.ones((1, len(matches.objects)))
     drawn = np.ascontiguousarray(counts.T, dtype=np.int32)
     sums, classes = np.zeros(len(counts)), np.zeros(len(counts))
     for label, objects in enumerate(matches.objects.T):
@@ -66,14 +46,14 @@ def resampled_precision(matches: Matches, resamples: int = 1000, seed: int = 0) 
         seed: of the draws.
 
     Returns:
-        (1 + resamples,) AP from 0 to 1, on the val images as they are first; NaN where no object is drawn.
+        (resamples,) AP from 0 to 1; NaN where no object is drawn.
     """
     images = len(matches.objects)
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
-    return average_precision(matches, np.vstack([np.ones((1, images), dtype=draws.dtype), draws]))
+    return average_precision(matches, draws)
 
 
-def paired_interval(reference: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Interval:
+def paired_interval(reference: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, float]:
     r"""Percentile interval of the difference of mean AP over the runs of two detectors.
 
     .. math:: d(w) = \frac{1}{|O|} \sum_{m \in O} AP(m, w) - \frac{1}{|R|} \sum_{m \in R} AP(m, w), \qquad
@@ -89,8 +69,8 @@ def paired_interval(reference: Sequence[np.ndarray], other: Sequence[np.ndarray]
         other: the same for the runs m in O, from the same images and the same seed.
     """
     difference = np.mean(other, axis=0) - np.mean(reference, axis=0)
-    low, high = np.nanquantile(difference[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(difference[0]), float(low), float(high), LEVEL, len(difference) - 1)
+    low, high = np.nanquantile(difference, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def _class_precision(matches: Matches, label: int, drawn: np.ndarray, to_find: np.ndarray) -> np.ndarray:

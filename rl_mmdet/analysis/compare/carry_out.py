@@ -4,15 +4,16 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from tqdm import tqdm
 
 from ...engine import UserError
 from .comparison import Comparison
 from .contents import Contents, collect
 from .costs import measure
-from .in_short import in_short, verdict
 from .report import write_report
 from .runs import Tools, only_one, train_all
-from .tables import rich_table, summary_table
+from .tables import rich_table, tables
+from .verdict import verdict
 
 
 def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool = True, measure_costs: bool = True,
@@ -37,7 +38,8 @@ def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool
     console, start = Console(soft_wrap=True, highlight=False), time.monotonic()
 
     def say(line: str) -> None:
-        console.print(f'{time.monotonic() - start:6.0f} s  {line}', markup=False)
+        with tqdm.external_write_mode():
+            console.print(f'{time.monotonic() - start:6.0f} s  {line}', markup=False)
 
     try:
         with only_one(comparison.folder):
@@ -51,9 +53,9 @@ def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool
     except KeyboardInterrupt:
         say('start it again to go on from the last checkpoint')
         raise
-    console.print(rich_table(summary_table(contents)))
-    for sentence in (verdict(contents), *(f'{name}: {found}' for name, found in in_short(contents))):
-        console.print(sentence, markup=False)
+    for table in tables(contents):
+        console.print(rich_table(table))
+    console.print(verdict(contents), markup=False)
     console.print(f'report: {report / "report.html"}', markup=False)
     _check_success(contents)
 

@@ -1,20 +1,15 @@
 """COCO average precision of dumped detections, and the matches it is computed from."""
 import json
-import zlib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from math import isfinite
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-from ...engine.errors import UserError, first_line
-from ...engine.files import written_whole
 
 METRICS = ('bbox', 'segm')
 MAX_DETECTIONS = (100, 300, 1000)  # per image and class; AP is at the first, AP50 and all others at the last
@@ -28,7 +23,7 @@ class Scores:
         ap: mean over classes and IoU thresholds 0.5, 0.55, ..., 0.95; None without any object.
         ap50, ap75: at IoU threshold 0.5 and 0.75.
         ap_small, ap_medium, ap_large: of objects below 32² pixels, up to 96² and above; None without such objects.
-        per_class: AP by class name, None for a class without objects.
+        images, objects: how many there are.
         notes: what a reader of the numbers should know.
     """
     ap: float | None
@@ -37,7 +32,8 @@ class Scores:
     ap_small: float | None
     ap_medium: float | None
     ap_large: float | None
-    per_class: dict[str, float | None]
+    images: int
+    objects: int
     notes: tuple[str, ...] = ()
 
 
@@ -62,25 +58,6 @@ class Matches:
     ignored: np.ndarray
     objects: np.ndarray
 
-    def save(self, path: Path) -> None:
-        """Write a compressed npz file, which appears under its name only when it is complete."""
-        with written_whole(path) as unfinished, unfinished.open('wb') as file:
-            np.savez_compressed(file, **vars(self))
-
-    @classmethod
-    def load(cls, path: Path) -> 'Matches':
-        """Read what :meth:`save` has written.
-
-        Raises:
-            UserError: it can't be read.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(**arrays)
-        except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
-            raise UserError(f'{path}: truncated or changed ({first_line(error)}); delete scores.json beside it to have '
-                            'both made again') from error
-
 
 def score_detections(annotations: Path, detections: Path, metric: str,
                      classes: Sequence[str]) -> tuple[Scores, Matches]:
@@ -97,8 +74,7 @@ def score_detections(annotations: Path, detections: Path, metric: str,
         The average precisions, and the matches behind AP.
 
     Raises:
-        ValueError: for a class or an image that the annotations don't have, or detections without masks where the
-            metric is 'segm'.
+        ValueError: for a class that the annotations don't have, or detections without masks where the metric is 'segm'.
     """
     with redirect_stdout(StringIO()):  # pycocotools prints
         coco = COCO(str(annotations))
@@ -107,21 +83,19 @@ def score_detections(annotations: Path, detections: Path, metric: str,
             raise ValueError(f'classes {[name for name in classes if name not in known]} are not among the categories '
                              f'of the annotations, which are {list(known)}')
         categories = {name: known[name] for name in classes}
-        entries, notes = _read_detections(detections, metric, set(coco.getImgIds()))
+        entries, notes = _read_detections(detections, metric)
         evaluation = _evaluate(coco, entries, metric, list(categories.values()))
-    return _scores(evaluation, categories, notes), _matches(evaluation, categories)
+    averages = [None if value < 0 else float(value) for value in evaluation.stats[:6]]  # pycocotools' -1 is no value
+    matches = _matches(evaluation, categories)
+    return Scores(*averages, len(matches.objects), int(matches.objects.sum()), notes), matches
 
 
-def _read_detections(path: Path, metric: str, images: set[int]) -> tuple[list[dict], tuple[str, ...]]:
+def _read_detections(path: Path, metric: str) -> tuple[list[dict], tuple[str, ...]]:
     """The entries that can be scored, and notes about the others.
 
     A box that is not a number would be matched to any object: its IoU is below no threshold.
     """
     entries = json.loads(path.read_text())
-    strangers = {entry['image_id'] for entry in entries} - images
-    if strangers:
-        raise ValueError(f'{path} has detections on images that the annotations do not have, such as image_id '
-                         f'{min(strangers)}; dump them again on the images of the annotations')
     if metric == 'segm':
         if not all('segmentation' in entry for entry in entries):
             raise ValueError(f"metric 'segm' needs detections with a segmentation, {path} has some without")
@@ -153,15 +127,6 @@ def _evaluate(coco: COCO, entries: list[dict], metric: str, categories: list[int
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation
-
-
-def _scores(evaluation: COCOeval, categories: dict[str, int], notes: tuple[str, ...]) -> Scores:
-    """The average precisions; pycocotools has -1 where there is none."""
-    per_class = {}
-    for name, category in categories.items():
-        precision = evaluation.eval['precision'][:, :, evaluation.params.catIds.index(category), 0, -1]
-        per_class[name] = None if precision.max() < 0 else float(precision[precision > -1].mean())
-    return Scores(*(None if value < 0 else float(value) for value in evaluation.stats[:6]), per_class, notes)
 
 
 def _matches(evaluation: COCOeval, categories: dict[str, int]) -> Matches:

@@ -1,27 +1,21 @@
 """What a report holds: everything that a comparison found, read from its folder, as it goes into report.json."""
-import functools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...engine import UserError
-from ...engine.files import read_record
-from ..training_run import TrainingCost
-from .bootstrap import paired_interval, resampled_precision
-from .coco_scores import Scores
+from .bootstrap import paired_interval
+from .coco_scores import METRICS, Scores
 from .comparison import Comparison, Run, Variant
 from .costs import Cost, environment, read_costs
 from .differences import Difference, Spread, difference, spread
-from .runs import checkpoint_of, matches_of, scores_of
-from .training_log import TrainingLog, read_training_log
+from .runs import checkpoint_of, resampled_of, scores_of
 
-FORMAT = 'rl_mmdet.report/2'
+FORMAT = 'rl_mmdet.report/3'
 FIELDS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')
 
 
@@ -34,8 +28,7 @@ class RunResult:
         status: ``'finished'``, ``'failed'`` or ``'unfinished'``.
         error: why it failed.
         scores: by metric, if it is finished.
-        training: seconds, resident set and whether the training came to its end.
-        log: curves of the training, its share of waiting for data, and the GPU memory it took.
+        curves: (iteration or epoch, AP) during the training, by metric.
         folder: below the comparison's folder.
         checkpoint: the last one's file name.
     """
@@ -44,8 +37,7 @@ class RunResult:
     status: str
     error: str | None
     scores: dict[str, Scores]
-    training: TrainingCost
-    log: TrainingLog
+    curves: dict[str, list[tuple[float, float]]]
     folder: str
     checkpoint: str | None
 
@@ -62,7 +54,6 @@ class VariantResult:
     Args:
         name, source, options: see :class:`~.comparison.Variant`.
         scores: for each metric, each of ``FIELDS`` over the finished seeds; None where it isn't defined.
-        per_class: for each metric, each class's mean AP; None for a class without objects.
         difference: for each metric, AP minus the baseline's; empty for the baseline and without scores.
         cost: what a step and a prediction cost; None if that wasn't measured.
         cost_error: why it couldn't be measured.
@@ -71,7 +62,6 @@ class VariantResult:
     source: str
     options: dict[str, Any]
     scores: dict[str, dict[str, Spread | None]] = field(default_factory=dict)
-    per_class: dict[str, dict[str, float | None]] = field(default_factory=dict)
     difference: dict[str, Difference] = field(default_factory=dict)
     cost: Cost | None = None
     cost_error: str | None = None
@@ -87,7 +77,6 @@ class Contents:
         date: of the last result, as 2026-01-31; empty before the first.
         data: the val set's annotation file.
         images, objects: size of the val set; None before the first run is finished.
-        classes: their names.
         metrics: ``'bbox'``, ``'segm'`` or both.
         seeds: how many trainings of each variant there are to be.
         variants: the baseline first.
@@ -100,7 +89,6 @@ class Contents:
     data: str
     images: int | None
     objects: int | None
-    classes: list[str]
     metrics: list[str]
     seeds: int
     variants: list[VariantResult]
@@ -114,9 +102,9 @@ class Contents:
     def runs_of(self, variant: str) -> list[RunResult]:
         return [run for run in self.runs if run.variant == variant]
 
-    def save(self, path: Path) -> None:
-        """Write report.json; docs/compare.md describes it."""
-        path.write_text(json.dumps(_plain(asdict(self)), indent=1, allow_nan=False), encoding='utf-8')
+    def as_json(self) -> str:
+        """What report.json holds; docs/compare.md describes it."""
+        return json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
 
 
 def collect(comparison: Comparison) -> Contents:
@@ -129,25 +117,19 @@ def collect(comparison: Comparison) -> Contents:
     results = {run: _run_result(comparison, run) for run in comparison.runs()}
     metrics = comparison.metrics()
     finished = [run for run, result in results.items() if result.status == 'finished']
-    objects = matches_of(finished[0], metrics[0]).objects if finished else None
-
-    @functools.cache
-    def resampled(run: Run, metric: str) -> np.ndarray:
-        matches = matches_of(run, metric)
-        if not np.array_equal(matches.objects, objects):
+    first = results[finished[0]].scores[metrics[0]] if finished else None
+    for run in finished:
+        scores = results[run].scores[metrics[0]]
+        if (scores.images, scores.objects) != (first.images, first.objects):
             raise UserError(f'{run}: it was scored on other annotations than {finished[0]}; delete '
                             f'{run.folder / "scores.json"} and start again')
-        return resampled_precision(matches)
-
-    variants = [_variant_result(variant, comparison.baseline, results, metrics, costs['costs'].get(variant.name),
-                                resampled) for variant in comparison.variants]
+    variants = [_variant_result(variant, comparison.baseline, results, metrics, costs['costs'].get(variant.name))
+                for variant in comparison.variants]
     return Contents(
         commands=comparison.commands, environment=costs['environment'] or environment(),
         date=_last_date([comparison.folder / 'costs.json', *(run.folder / 'scores.json' for run in results)]),
-        data=str(comparison.annotations()),
-        images=None if objects is None else len(objects), objects=None if objects is None else int(objects.sum()),
-        classes=comparison.classes, metrics=metrics, seeds=comparison.seeds, variants=variants,
-        runs=list(results.values()))
+        data=str(comparison.annotations()), images=first and first.images, objects=first and first.objects,
+        metrics=metrics, seeds=comparison.seeds, variants=variants, runs=list(results.values()))
 
 
 def _last_date(files: Iterable[Path]) -> str:
@@ -158,17 +140,33 @@ def _last_date(files: Iterable[Path]) -> str:
 
 def _run_result(comparison: Comparison, run: Run) -> RunResult:
     scores, checkpoint = scores_of(run), checkpoint_of(run)
-    complaint, record = run.folder / 'error.txt', run.folder / 'cost.json'
+    complaint = run.folder / 'error.txt'
     error = complaint.read_text(encoding='utf-8').strip() if complaint.is_file() else None
-    training = read_record(record, lambda content: TrainingCost(**content)) if record.is_file() else TrainingCost()
     return RunResult(
         run.variant, run.seed, 'finished' if scores else 'failed' if error else 'unfinished', error, scores or {},
-        training, read_training_log(run.folder), str(run.folder.relative_to(comparison.folder)),
-        checkpoint and checkpoint.name)
+        _curves(run.folder), str(run.folder.relative_to(comparison.folder)), checkpoint and checkpoint.name)
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """AP during a training by metric, from MMEngine's logs in its work dir; a resumed one has several, the last counts.
+
+    A last line that isn't whole, as a killed process leaves it, is passed over.
+    """
+    found: dict[str, dict[float, float]] = {}
+    for path in sorted(folder.glob('*/vis_data/scalars.json')):
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            for metric in METRICS:
+                if f'coco/{metric}_mAP' in line:
+                    found.setdefault(metric, {})[line['step']] = max(0., line[f'coco/{metric}_mAP'])
+    return {metric: sorted(curve.items()) for metric, curve in found.items()}
 
 
 def _variant_result(variant: Variant, baseline: str, results: dict[Run, RunResult], metrics: list[str],
-                    cost: Cost | str | None, resampled: Callable[[Run, str], np.ndarray]) -> VariantResult:
+                    cost: Cost | str | None) -> VariantResult:
     """What the variant's finished trainings give, and how it differs from the baseline."""
     own, reference = ([run for run, result in results.items() if run.variant == name and result.status == 'finished']
                       for name in (variant.name, baseline))
@@ -177,13 +175,11 @@ def _variant_result(variant: Variant, baseline: str, results: dict[Run, RunResul
     for metric in metrics if own else ():
         scores = [results[run].scores[metric] for run in own]
         found.scores[metric] = {name: _spread([getattr(each, name) for each in scores]) for name in FIELDS}
-        spreads = {name: _spread([each.per_class[name] for each in scores]) for name in scores[0].per_class}
-        found.per_class[metric] = {name: each and each.mean for name, each in spreads.items()}
         ap = found.scores[metric]['ap']
         if variant.name != baseline and reference and ap is not None:
             images = None
             if min(len(reference), len(own)) > 1:
-                images = paired_interval(*([resampled(run, metric) for run in runs] for runs in (reference, own)))
+                images = paired_interval(*([resampled_of(run, metric) for run in runs] for runs in (reference, own)))
             baselines = spread([results[run].scores[metric].ap for run in reference])
             found.difference[metric] = difference(baselines, ap, images)
     return found

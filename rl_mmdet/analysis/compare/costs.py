@@ -2,9 +2,7 @@
 import gc
 import json
 import platform
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +11,11 @@ from typing import Any
 import mmdet
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import MessageHub
 
 from ...engine import UserError
 from ...engine.files import read_record, write_text
+from ...engine.preflight.guard import reason_of
 from ..cost import ratios_to, seconds_in_turn
 from .comparison import Comparison
 from .runs import Say, checkpoint_of
@@ -36,28 +35,20 @@ class Cost:
     by their seconds; the baseline's lists hold its rounds beside one variant after the other.
 
     Args:
-        parameters: number of all parameters.
-        trainable: number of those that learn.
-        optimizer_bytes: bytes of all tensors in the optimizer's state after one step.
-        forward_flops: FLOPs of the forward pass and the loss of one training batch, by
-            :func:`~rl_mmdet.analysis.count_flops`, without mmcv's own kernels (RoIAlign, deformable convolutions).
-        step_flops: FLOPs of a whole training step: forward, backward, and the optimizer's products of matrices, if any.
+        trainable: number of parameters that learn.
+        step_flops: FLOPs of a training step, by :func:`~rl_mmdet.analysis.count_flops`, without mmcv's own kernels
+            (RoIAlign, deformable convolutions): forward, backward, and the optimizer's products of matrices, if any.
         saved_bytes: bytes that the forward pass keeps for backward, parameters and buffers apart; of what runs under
             activation checkpoints (``with_cp``) these are the inputs.
         peak_bytes: bytes that a training step allocates at its peak, gradients included, beyond the model, the
             optimizer's state and the batch as it was loaded.
         peak_of: whose record ``peak_bytes`` is from.
         step_seconds, step_ratios: seconds per training step in each round, and these over the baseline's.
-        latency_seconds, latency_ratios: the same of the prediction for one image by the model as trained.
-        plain_latency_seconds, plain_latency_ratios: the same by the materialized model, over the seconds of the
-            baseline as trained. Where there is nothing to materialize, they are those of the model as trained.
+        latency_seconds, latency_ratios: the same of the prediction for one image by the materialized model.
         batch: images per training step.
         image_size: height and width of the padded training batch in pixels.
     """
-    parameters: int
     trainable: int
-    optimizer_bytes: int
-    forward_flops: int
     step_flops: int
     saved_bytes: int
     peak_bytes: int
@@ -66,8 +57,6 @@ class Cost:
     step_ratios: list[float]
     latency_seconds: list[float]
     latency_ratios: list[float]
-    plain_latency_seconds: list[float]
-    plain_latency_ratios: list[float]
     batch: int
     image_size: tuple[int, int]
 
@@ -143,33 +132,32 @@ def measure_costs(cfgs: Mapping[str, Config], checkpoints: Mapping[str, Path | N
     def count(name: str) -> tuple[Subject, dict[str, Any]]:
         say(f'{name}: building it and counting what a training step does')
         subject = Subject(cfgs[name], checkpoints.get(name), loaders, allow_pickle)
-        for remark in subject.remarks:
-            say(f'{name}: {remark}')
         return subject, subject.counts()
 
+    for progress in ('iter', 'epoch'):  # some models ask MMEngine how far training is
+        MessageHub.get_current_instance().update_info(progress, 0)
     found: dict[str, Cost | str] = {}
     turns: list[Times] = []
-    with _quiet_mmengine():
-        with _needed(first):
-            baseline, counts = count(first)
-        for name in others:
-            try:
-                variant, own_counts = count(name)
-                say(f'{name}: timing training steps and predictions, in turn with the baseline\'s')
-                times, own_times = _take_turns([baseline, variant], rounds)
-                found[name] = Cost(**own_counts, **own_times)
-                turns.append(times)
-            except Exception as error:  # models raise whatever they like
-                found[name] = _reason(error)
-                say(f'{name}: can\'t be measured: {found[name]}')
-            variant = None
-            baseline.optim.zero_grad()  # if it was in the middle of a step
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        if not turns:
-            with _needed(first):
-                turns = _take_turns([baseline], rounds)
+    try:
+        baseline, counts = count(first)
+    except Exception as error:  # models raise whatever they like
+        raise UserError(f'{first} can\'t be measured: {reason_of(error)}') from error
+    for name in others:
+        try:
+            variant, own_counts = count(name)
+            say(f'{name}: timing training steps and predictions, in turn with the baseline\'s')
+            times, own_times = _take_turns([baseline, variant], rounds)
+            found[name] = Cost(**own_counts, **own_times)
+            turns.append(times)
+        except Exception as error:
+            found[name] = reason_of(error)
+            say(f'{name}: can\'t be measured: {found[name]}')
+        variant = None
+        baseline.optim.zero_grad()  # if it was in the middle of a step
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    turns = turns or _take_turns([baseline], rounds)
     joined = {name: [value for times in turns for value in times[name]] for name in turns[0]}
     return {first: Cost(**counts, **joined)} | found
 
@@ -179,51 +167,14 @@ def _take_turns(subjects: list[Subject], rounds: int) -> list[Times]:
     for subject in subjects:
         subject.model.train()
     steps = _in_turn({index: subject.step for index, subject in enumerate(subjects)}, rounds)
-    step_ratios = ratios_to(steps, 0)
-    predictors = {(index, kind): partial(subject.predict, model) for index, subject in enumerate(subjects)
-                  for kind, model in enumerate(subject.predictors())}
-    latencies = _in_turn(predictors, rounds)
-    ratios = ratios_to(latencies, (0, 0))
-    found = []
-    for index in range(len(subjects)):
-        trained = index, 0
-        plain = (index, 1) if (index, 1) in latencies else trained
-        found.append(dict(step_seconds=steps[index], step_ratios=step_ratios[index],
-                          latency_seconds=latencies[trained], latency_ratios=ratios[trained],
-                          plain_latency_seconds=latencies[plain], plain_latency_ratios=ratios[plain]))
-    return found
+    latencies = _in_turn({index: partial(subject.predict, subject.predictor())
+                          for index, subject in enumerate(subjects)}, rounds)
+    step_ratios, latency_ratios = ratios_to(steps, 0), ratios_to(latencies, 0)
+    return [dict(step_seconds=steps[index], step_ratios=step_ratios[index], latency_seconds=latencies[index],
+                 latency_ratios=latency_ratios[index]) for index in range(len(subjects))]
 
 
 def _in_turn(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
     """Seconds per call in each round; short calls are made several times a turn."""
     seconds = max(min(taken) for taken in seconds_in_turn(calls, rounds=1, per_round=1).values())
     return seconds_in_turn(calls, rounds, per_round=max(1, min(MOST, round(TURN / seconds))))
-
-
-def _reason(error: Exception) -> str:
-    """An error in a line, without the chain of classes that the registries put in front of it."""
-    text = ' '.join(re.sub(r'class `\w+` in \S+: ', '', str(error)).split('\n')[0].split())[:200]
-    return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
-
-
-@contextmanager
-def _needed(name: str) -> Iterator[None]:
-    """Without this there is nothing to compare with."""
-    try:
-        yield
-    except Exception as error:  # models raise whatever they like
-        raise UserError(f'{name} can\'t be measured: {_reason(error)}') from error
-
-
-@contextmanager
-def _quiet_mmengine() -> Iterator[None]:
-    """Some models ask MMEngine how far training is; its logger has a line for every initialised weight."""
-    for progress in ('iter', 'epoch'):
-        MessageHub.get_current_instance().update_info(progress, 0)
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('ERROR')
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from .bootstrap import LEVEL, Interval
+from .bootstrap import LEVEL
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,15 @@ class Difference:
 
     Args:
         mean: of the seeds' means.
-        images: paired bootstrap over the val images; None with one seed on a side.
-        low, high: interval for what further seeds would give (Welch's t); None with one seed on a side.
+        images: interval by a paired bootstrap over the val images; None with one seed on a side.
+        seeds: interval for what further seeds would give (Welch's t); None with one seed on a side.
         verdict: ``'better'`` or ``'worse'`` if both intervals are on that side of 0, else ``'open'``; None with one
             seed on a side.
     """
     mean: float
-    images: Interval | None = None
-    low: float | None = None
-    high: float | None = None
+    images: tuple[float, float] | None = None
+    seeds: tuple[float, float] | None = None
     verdict: str | None = None
-
-    @property
-    def widest(self) -> tuple[float, float]:
-        """From the lower of both lower ends to the higher of both higher ends."""
-        return min(self.low, self.images.low), max(self.high, self.images.high)
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -51,7 +45,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, list(values))
 
 
-def difference(reference: Spread, other: Spread, images: Interval | None = None) -> Difference:
+def difference(reference: Spread, other: Spread, images: tuple[float, float] | None = None) -> Difference:
     """Compare the AP of two detectors, each trained with several seeds.
 
     Args:
@@ -61,9 +55,9 @@ def difference(reference: Spread, other: Spread, images: Interval | None = None)
     mean = other.mean - reference.mean
     if images is None:
         return Difference(mean)
-    low, high = welch_interval(reference.values, other.values)
-    verdict = 'better' if min(low, images.low) > 0 else 'worse' if max(high, images.high) < 0 else 'open'
-    return Difference(mean, images, low, high, verdict)
+    seeds = welch_interval(reference.values, other.values)
+    ends = *images, *seeds
+    return Difference(mean, images, seeds, 'better' if min(ends) > 0 else 'worse' if max(ends) < 0 else 'open')
 
 
 def welch_interval(reference: Sequence[float], other: Sequence[float]) -> tuple[float, float]:

@@ -1,17 +1,14 @@
-"""The plots of a report: AP against cost, and the course of the trainings."""
+"""The plots of a report: AP against cost, and in the course of the trainings."""
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.ndimage import uniform_filter1d
 
 from .contents import Contents, VariantResult
 from .tables import TITLES
-from .training_log import Curve
 
 BASELINE = '#000000'
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -20,10 +17,6 @@ MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', '*')
 LINES = ('-', '--', '-.', (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 WIDTH = 8.
 """Inches."""
-POINTS = 200
-"""Most points of a curve."""
-SMOOTHING = 0.05
-"""Fraction of a training that the running mean of the loss covers."""
 EXPENSES = {'trainable parameters, M': lambda cost: [cost.trainable / 1e6],
             'training step, GFLOPs': lambda cost: [cost.step_flops / 1e9],
             'peak of a step, MB': lambda cost: [cost.peak_bytes / 1e6],
@@ -93,51 +86,30 @@ def _draw_front(axes: Axes, title: str, shown: Sequence[VariantResult], metric: 
 
 
 def curves(contents: Contents) -> Figure | None:
-    """Loss and AP during the trainings, a line for each.
+    """AP on the val set during the trainings, a line for each, by the first metric.
 
-    The loss is a running mean over 5 % of the training. Of a variant with finished trainings only these are drawn.
+    Of a variant with finished trainings only these are drawn.
 
     Returns:
-        The figure; None without any log.
+        The figure; None if no training has logged any AP.
     """
-    logged = []
+    metric, looks, drawn = contents.metrics[0], styles(contents), {}
+    figure = Figure(figsize=(WIDTH, 3.8), layout='constrained')
+    axes = figure.subplots()
     for variant in contents.variants:
         runs = contents.runs_of(variant.name)
-        logged += [run for run in runs if run.status == 'finished'] or runs
-    found = {'training loss': [_smooth(run.log.loss) for run in logged]}
-    found |= {f'{TITLES[metric]} on the val set': [np.array(run.log.ap.get(metric, [])) for run in logged]
-              for metric in contents.metrics}
-    drawn = {title: each for title, each in found.items() if any(map(len, each))}
+        for run in [run for run in runs if run.status == 'finished'] or runs:
+            if points := run.curves.get(metric):
+                drawn[variant.name], = axes.plot(*zip(*points, strict=True), **looks[variant.name], linewidth=1.1,
+                                                 markersize=5, markeredgecolor='white', markeredgewidth=0.5,
+                                                 markevery=max(1, len(points) // 6), label=variant.name)
     if not drawn:
         return None
-    figure = Figure(figsize=(WIDTH, 3.4 * len(drawn)), layout='constrained')
-    panels, looks, seen = figure.subplots(len(drawn), squeeze=False, sharex=True).flat, styles(contents), set()
-    for axes, (title, each) in zip(panels, drawn.items(), strict=True):
-        for number, (run, points) in enumerate(zip(logged, each, strict=True)):
-            if len(points):
-                seen.add(run.variant)
-                points = points[_spaced(len(points), POINTS)]
-                every = max(1, len(points) // 6)  # markers of different trainings are at different places
-                axes.plot(*points.T, **looks[run.variant], linewidth=1.1, markersize=5, markeredgecolor='white',
-                          markeredgewidth=0.5, markevery=(number * every // len(logged), every))
-        axes.set_ylabel(title)
-        _grid(axes)
-    axes.set_xlabel('iteration')
-    _legend(figure, [Line2D([], [], **look, markersize=5, label=name) for name, look in looks.items() if name in seen])
+    axes.set_xlabel('epoch, or iteration of a training that counts none')
+    axes.set_ylabel(f'{TITLES[metric]} on the val set')
+    _grid(axes)
+    _legend(figure, list(drawn.values()))
     return figure
-
-
-def _smooth(curve: Curve) -> np.ndarray:
-    """The running mean over a fraction of the curve, (points, 2), without points that aren't finite."""
-    points = np.array([point for point in curve if np.isfinite(point[1])])
-    if len(points):
-        points[:, 1] = uniform_filter1d(points[:, 1], max(1, round(SMOOTHING * len(points))))
-    return points
-
-
-def _spaced(count: int, most: int) -> np.ndarray:
-    """Indices, all of them or ``most`` that are evenly spaced from the first to the last."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def _grid(axes: Axes) -> None:

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from ...engine.files import write_text, written_whole
 from .contents import Contents
-from .in_short import SAME, in_short, verdict
 from .plots import curves, pareto
 from .tables import TITLES, tables
+from .verdict import verdict
 
 DPI = 110
 FIGURES = ('pareto_bbox', 'pareto_segm', 'curves')
@@ -65,8 +65,7 @@ def write_report(contents: Contents, folder: Path) -> None:
             unfinished.write_bytes(picture.file('png'))
     for name, text in texts.items():
         write_text(folder / name, text)
-    with written_whole(folder / 'report.json') as unfinished:
-        contents.save(unfinished)
+    write_text(folder / 'report.json', contents.as_json())
 
 
 def _pictures(contents: Contents) -> Iterator[Picture]:
@@ -78,8 +77,7 @@ def _pictures(contents: Contents) -> Iterator[Picture]:
                           'times from the fastest to the slowest round. The line joins what no other variant beats in '
                           'both AP and cost.', figure)
     if figure := curves(contents):
-        yield Picture('curves', 'Course of the trainings', 'A line for each training; the loss is a running mean over '
-                      '5 % of the training.', figure)
+        yield Picture('curves', 'AP in the course of the trainings', 'A line for each training.', figure)
 
 
 def _render(template: str, contents: Contents, pictures: list[Picture]) -> str:
@@ -89,16 +87,11 @@ def _render(template: str, contents: Contents, pictures: list[Picture]) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= dict(cell=escape_markdown, fence=_fence, options=_options)
     variants = contents.variants[1:]
-    unfinished: dict[str, list[int]] = {}
-    for run in contents.runs:
-        if run.status == 'unfinished':
-            unfinished.setdefault(run.variant, []).append(run.seed)
     return environment.get_template(template).render(
-        contents=contents, pictures=pictures, verdict=verdict(contents), sentences=in_short(contents),
-        tables=tables(contents), signs=SIGNS,
+        contents=contents, pictures=pictures, verdict=verdict(contents), tables=tables(contents), signs=SIGNS,
         title=f'{contents.baseline.name} and {len(variants)} {"variant" if len(variants) == 1 else "variants"} of it',
-        facts=_facts(contents), how_to_read=_how_to_read(contents), unfinished=unfinished,
-        failed=[run for run in contents.runs if run.status == 'failed'])
+        facts=_facts(contents), undone=[run for run in contents.runs if run.status != 'finished'],
+        unmeasured=[variant for variant in contents.variants if variant.cost_error])
 
 
 def _facts(contents: Contents) -> str:
@@ -107,19 +100,6 @@ def _facts(contents: Contents) -> str:
              'one seed' if contents.seeds == 1 else f'{contents.seeds} seeds each']
     size = '' if contents.images is None else f', {contents.images} images with {contents.objects} objects'
     return ', '.join([*facts, f'val set {contents.data}{size}', contents.environment['device']])
-
-
-def _how_to_read(contents: Contents) -> list[tuple[str, str]]:
-    """What the words of the sentences mean."""
-    means = [('better, worse', 'For AP: both 95 % intervals of the difference to the baseline, over the val images and '
-              f'over the seeds, leave out 0. For counts and memory: they differ by {SAME:.1%} or more. For times: a '
-              'sign test over the rounds (5 %; of 7 rounds all must agree). Less cost is better.'),
-             ('the data can\'t tell', 'The difference may be either way. For AP, the two bounds given are what it may '
-              'well be; more seeds or more val images narrow them.')]
-    if contents.seeds == 1:
-        means.append(('one seed only', 'How much AP varies from training to training isn\'t known, so nothing is '
-                      'called better or worse in AP.'))
-    return means
 
 
 def escape_markdown(text: str) -> str:

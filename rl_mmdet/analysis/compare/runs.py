@@ -1,26 +1,37 @@
 """The trainings of a comparison, one after the other: trained, run on the val set, scored."""
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
+import re
 import signal
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
+from tqdm import tqdm
 
 from ...engine import UserError, checkpoints_in
 from ...engine.files import read_record, write_text
-from ..training_run import end_with_parent, run_training
-from .coco_scores import Matches, Scores, score_detections
+from .bootstrap import resampled_precision
+from .coco_scores import Scores, score_detections
 from .comparison import Comparison, Run
-from .progress import Progress, Say
 
-LAUNCHERS = ('none', 'pytorch')
+EPOCH = re.compile(r'Epoch\(train\)\s*\[(\d+)\]\[\s*(\d+)/(\d+)\]')
+ITERATION = re.compile(r'Iter\(train\)\s*\[\s*(\d+)/(\d+)\]')
+LOSS = re.compile(r' loss: (\S+)')
+Say = Callable[[str], None]
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
 
 @dataclass(frozen=True)
@@ -75,21 +86,21 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def train_all(comparison: Comparison, tools: Tools, say: Say) -> None:
-    """Train and score every run that isn't finished yet.
+    """Train and score every run that isn't finished yet, with a bar that shows the time left for all of them.
 
     Of a run that fails ``error.txt`` in its folder says why, and the others go on.
 
     Args:
         comparison: which runs.
         tools: how to start them.
-        say: gets one line whenever there is progress.
+        say: gets a line whenever a run enters another phase.
     """
     runs = comparison.runs()
     if tools.jobs == 1:
         _train_some(comparison, runs, tools, say)
         return
     # Processes, not threads: a training ends with the thread that has started it.
-    workers = [get_context('fork').Process(target=_work, args=(comparison, runs[first::tools.jobs], tools, say))
+    workers = [get_context('fork').Process(target=_work, args=(comparison, runs[first::tools.jobs], tools, say, first))
                for first in range(min(tools.jobs, len(runs)))]
     for worker in workers:
         worker.start()
@@ -106,49 +117,43 @@ def train_all(comparison: Comparison, tools: Tools, say: Say) -> None:
 
 def _work(*arguments: Any) -> None:
     """A process that trains some of the runs."""
-    end_with_parent()
+    _end_with_parent()
     with contextlib.suppress(KeyboardInterrupt):
         _train_some(*arguments)
 
 
-def _train_some(comparison: Comparison, runs: Sequence[Run], tools: Tools, say: Say) -> None:
+def _train_some(comparison: Comparison, runs: Sequence[Run], tools: Tools, say: Say, position: int = 0) -> None:
     """Train and score some of the runs, one after the other."""
-    progress = Progress(comparison.runs(), say, tools.jobs)
-    for run in runs:
-        _train(comparison, run, tools, progress)
-
-
-def _train(comparison: Comparison, run: Run, tools: Tools, progress: Progress) -> None:
-    """Train and score one run, unless that is done."""
-    finished = scores_of(run) is not None
-    progress.begin(run, None if finished else comparison.config(run.variant).train_cfg.get('max_epochs'))
-    if finished:
-        progress.phase('finished before')
-        return
-    complaint = run.folder / 'error.txt'
-    complaint.unlink(missing_ok=True)
-    try:
-        scores = _finish(comparison, run, tools, progress)
-    except UserError as error:
-        write_text(complaint, f'{error}\n')
-        progress.phase(f'FAILED, the others go on: {str(error).splitlines()[-1]}')
-    else:
-        progress.phase(', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}'
-                                 for metric, each in scores.items()))
+    left = [run for run in runs if scores_of(run) is None]
+    with tqdm(total=len(runs), initial=len(runs) - len(left), smoothing=0, miniters=0, mininterval=2, position=position,
+              bar_format='{l_bar}{bar}| {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]', disable=not left) as bar:
+        for done, run in enumerate(left, 1):
+            bar.set_description(str(run))
+            complaint = run.folder / 'error.txt'
+            complaint.unlink(missing_ok=True)
+            try:
+                scores = _finish(comparison, run, tools, lambda text, run=run: say(f'{run}: {text}'), bar)
+            except UserError as error:
+                write_text(complaint, f'{error}\n')
+                say(f'{run}: FAILED, the others go on: {str(error).splitlines()[-1]}')
+            else:
+                say(f'{run}: ' + ', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}'
+                                           for metric, each in scores.items()))
+            bar.n = len(runs) - len(left) + done
 
 
 def scores_of(run: Run) -> dict[str, Scores] | None:
     """The run's scores by metric, None as long as it isn't finished."""
     path = run.folder / 'scores.json'
-    if not path.is_file():
+    if not (path.is_file() and (run.folder / 'resampled.json').is_file()):
         return None
     return read_record(path, lambda content: {metric: Scores(**scores | dict(notes=tuple(scores['notes'])))
                                               for metric, scores in content.items()})
 
 
-def matches_of(run: Run, metric: str) -> Matches:
-    """What the run's AP is computed from."""
-    return Matches.load(run.folder / f'matches_{metric}.npz')
+def resampled_of(run: Run, metric: str) -> np.ndarray:
+    """The run's AP on resampled val images."""
+    return read_record(run.folder / 'resampled.json', lambda content: np.array([*content[metric]], dtype=float))
 
 
 def checkpoint_of(run: Run) -> Path | None:
@@ -156,29 +161,41 @@ def checkpoint_of(run: Run) -> Path | None:
     return next(iter(checkpoints_in(run.folder)), None)
 
 
-def _finish(comparison: Comparison, run: Run, tools: Tools, progress: Progress) -> dict[str, Scores]:
+def _finish(comparison: Comparison, run: Run, tools: Tools, say: Say, bar: tqdm) -> dict[str, Scores]:
     """Do what is left to do of one run; its scores by metric."""
-    progress.phase('training')
-    run_training(tools.command('train', comparison.config_file(run.variant), '--work-dir', run.folder, '--resume',
-                               '--cfg-options', f'randomness.seed={run.seed}'), run.folder, progress.line)
+    say('training')
+    start, epochs = bar.n, comparison.config(run.variant).train_cfg.get('max_epochs')
+
+    def show(line: str) -> None:
+        """Move the bar to where a line of the training's log says that it is."""
+        done = _part_done(line, epochs)
+        if done is not None:
+            if bar.n == start:  # a resumed training has done that before
+                bar.initial += done
+            bar.n = start + done
+            bar.set_postfix_str(''.join(f'loss {loss}' for loss in LOSS.findall(line)), refresh=False)
+            bar.update(0)
+
+    run_process(tools.command('train', comparison.config_file(run.variant), '--work-dir', run.folder, '--resume',
+                              '--cfg-options', f'randomness.seed={run.seed}'), run.folder / 'output.log', show)
     checkpoint = checkpoint_of(run)
     if checkpoint is None:
         raise UserError(f'{run.folder}: the training left no checkpoint; delete the folder and start again')
-    progress.phase('running the last checkpoint on the val set')
+    say('running the last checkpoint on the val set')
     evaluation = run.folder / 'evaluation'
     evaluation.mkdir(exist_ok=True)
     write_text(evaluation / 'config.py', _val_config(comparison, run).pretty_text)
-    run_training(tools.command('test', evaluation / 'config.py', checkpoint, '--work-dir', evaluation),
-                 evaluation, progress.line)
-    progress.phase('scoring its detections')
-    scores = {}
+    run_process(tools.command('test', evaluation / 'config.py', checkpoint, '--work-dir', evaluation),
+                evaluation / 'output.log')
+    scores, resampled = {}, {}
     for metric in comparison.metrics():
         detections = run.folder / f'detections.{metric}.json'
         try:
             scores[metric], matches = score_detections(comparison.annotations(), detections, metric, comparison.classes)
         except (ValueError, OSError) as error:
             raise UserError(f'the {metric} detections can\'t be scored: {error}') from error
-        matches.save(run.folder / f'matches_{metric}.npz')
+        resampled[metric] = resampled_precision(matches).tolist()
+    write_text(run.folder / 'resampled.json', json.dumps(resampled))
     write_text(run.folder / 'scores.json', json.dumps({m: asdict(s) for m, s in scores.items()}, indent=2))
     return scores
 
@@ -192,3 +209,49 @@ def _val_config(comparison: Comparison, run: Run) -> Config:
                               format_only=True, outfile_prefix=str(run.folder / 'detections'))
     return cfg
 
+
+def _part_done(line: str, epochs: int | None) -> float | None:
+    """The part of a training that a line of its log says is done, 0 to 1; None for other lines."""
+    if epochs and (found := EPOCH.search(line)):
+        epoch, step, steps = map(int, found.groups())
+        return (epoch - 1 + step / steps) / epochs
+    found = ITERATION.search(line)
+    return found and int(found[1]) / int(found[2])
+
+
+def run_process(command: list[str], log: Path, show: Callable[[str], object] = str) -> None:
+    """Run this Python with some arguments until it ends; it ends with this process, too.
+
+    Args:
+        command: the arguments.
+        log: what it prints is added to this file.
+        show: gets each line of it.
+
+    Raises:
+        UserError: it failed; the message has the end of its output.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tail: deque[str] = deque(maxlen=15)
+    process = subprocess.Popen([sys.executable, '-u', *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, preexec_fn=_end_with_parent)
+    try:
+        with log.open('a') as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                tail.append(line.rstrip())
+                show(line)
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.wait()
+    if process.returncode:
+        raise UserError(f'{" ".join(command)} ended with status {process.returncode}; its last lines (all in {log}):\n'
+                        + '\n'.join(tail))
+
+
+def _end_with_parent() -> None:
+    """Called in a new process: it gets SIGTERM when its parent is gone, by ``kill -9`` for instance (Linux only)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

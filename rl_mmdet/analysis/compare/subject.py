@@ -1,9 +1,7 @@
 """A detector with all that it takes to measure it: its optimizer, and real batches."""
 import copy
-import io
 import math
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 
 from ...engine import UserError, build_model, load_checkpoint_, take_found_
+from ...engine.preflight.guard import quiet
+from ...engine.preflight.model import pretrained_inits
 from ...engine.search import searched_module
 from ...replacement import materialize, set_step_
 from ...replacement.flops import count_flops
@@ -39,8 +39,6 @@ class Subject:
 
     def __init__(self, cfg: Config, checkpoint: Path | None, loaders: 'Loaders', allow_pickle: bool) -> None:
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-        self.remarks: list[str] = []
-        """What is measured in another way than the config says."""
         self.model = _build(cfg, checkpoint, allow_pickle).to(self.device)
         self.loaded = [buffer.clone() for buffer in self.model.buffers()]
         self.optim = self._build_optim(cfg)
@@ -53,7 +51,6 @@ class Subject:
         settings = dict(copy.deepcopy(cfg.optim_wrapper), accumulative_counts=1)
         if settings.get('type') in ('AmpOptimWrapper', AmpOptimWrapper) and self.device.type == 'cpu':
             settings = {key: value for key, value in settings.items() if key not in AMP} | dict(type='OptimWrapper')
-            self.remarks.append('mixed precision needs a GPU; measured in float32')
         wrapper = build_optim_wrapper(self.model, settings)
         for group in wrapper.optimizer.param_groups:
             group['lr'] = 0.
@@ -86,13 +83,8 @@ class Subject:
         step_flops = mean_over_steps(self.model, lambda: count_flops(self._step))
         set_step_(self.model, 0)  # each block's memory is the same in all steps but one
         inputs = self.model.data_preprocessor(self._batch(), True)['inputs']
-        states = self.optim.optimizer.state.values()
         return dict(
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             trainable=trainable_parameters(self.model),
-            optimizer_bytes=sum(value.nbytes for state in states for value in state.values()
-                                if isinstance(value, Tensor)),
-            forward_flops=count_flops(self.forward),
             step_flops=step_flops,
             saved_bytes=saved_bytes(self.model, self.forward),
             peak_bytes=peak_memory(self._step, self.device),
@@ -109,14 +101,12 @@ class Subject:
             if self.optim.optimizer.state:
                 return
 
-    def predictors(self) -> list[nn.Module]:
-        """The model as it was loaded and, where that is another one, materialized; both ready to predict."""
+    def predictor(self) -> nn.Module:
+        """The model as it was loaded, materialized and ready to predict."""
         with torch.no_grad():
             for buffer, loaded in zip(self.model.buffers(), self.loaded, strict=True):
                 buffer.copy_(loaded)
-        plain = materialize(self.model.eval())
-        same = list(map(type, plain.modules())) == list(map(type, self.model.modules()))
-        return [self.model] if same else [self.model, plain]
+        return materialize(self.model.eval())
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> None:
@@ -131,27 +121,21 @@ def _build(cfg: Config, checkpoint: Path | None, allow_pickle: bool) -> nn.Modul
     model = build_model(cfg, allow_pickle)
     if searched_module(model) is not None:
         raise UserError('what it costs is not known before its search has found a plan; train it first')
-    model.init_weights()
+    for name, _ in list(pretrained_inits(model)):
+        model.get_submodule(name).init_cfg = None
+    with quiet():
+        model.init_weights()
     if checkpoint is not None:
         load_checkpoint_(model, str(checkpoint), allow_pickle=allow_pickle)
     return model
 
 
 def _alone(node: Any) -> Any:
-    """A copy of a config value with BatchNorm for one process, and without pretrained weights to load."""
+    """A copy of a config value with BatchNorm for one process."""
     if isinstance(node, Mapping):
-        own = {key: _alone(value) for key, value in node.items() if not _loads(key, value)}
+        own = {key: _alone(value) for key, value in node.items()}
         return own | (dict(type='BN') if own.get('type') in ('SyncBN', 'MMSyncBN') else {})
-    if isinstance(node, (list, tuple)):
-        return type(node)(_alone(each) for each in node if not _loads('init_cfg', each))
-    return node
-
-
-def _loads(key: str, value: Any) -> bool:
-    """Whether a setting names weights to start from."""
-    if isinstance(value, Mapping):
-        return key == 'init_cfg' and value.get('type') in ('Pretrained', 'PretrainedInit')
-    return key == 'pretrained' and isinstance(value, str)
+    return type(node)(map(_alone, node)) if isinstance(node, (list, tuple)) else node
 
 
 class Loaders:
@@ -166,6 +150,6 @@ class Loaders:
         settings |= dict(num_workers=0, persistent_workers=False, **changes)
         if not any(known == settings for known, _ in self.known):
             set_random_seed(0)
-            with redirect_stdout(io.StringIO()):  # pycocotools prints
+            with quiet():
                 self.known.append((settings, next(iter(Runner.build_dataloader(settings, seed=0)))))
         return copy.deepcopy(next(batch for known, batch in self.known if known == settings))

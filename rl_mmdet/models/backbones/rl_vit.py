@@ -24,50 +24,37 @@ ARCHS = {
 
 @MODELS.register_module()
 class RLViT(TimmBackbone):
-    """A plain vision transformer as a detector's backbone: ViTDet's, or any of timm's.
+    """ViTDet's plain vision transformer as a detector's backbone.
 
-    ``arch`` gives ViTDet's: windowed attention with some global blocks, relative positions, images of any size.
-    Weights may be SAM's or a plain ViT's (MAE, DeiT, timm's); positions of another grid are interpolated. A replaced
-    block keeps its own kind of attention, and its position tables come from the nearest kept blocks of that kind.
-
-    ``timm`` gives a plain ViT of timm (ViT, DeiT, DINOv2, DINOv3, EVA): attention is global in every block, and
-    position embeddings are interpolated to the image.
+    It has windowed attention with some global blocks and relative positions, and takes images of any size. Weights may
+    be SAM's or a plain ViT's (MAE, DeiT, timm's); positions of another grid are interpolated. A replaced block keeps
+    its own kind of attention, and its position tables come from the nearest kept blocks of that kind.
 
     Its feature map has the stride of a patch; :class:`~rl_mmdet.models.SimpleFPN` makes a pyramid of it.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'`` (default), ``'large'``, ``'huge'``, or a dict with ``embed_dim``,
             ``depth`` and ``num_heads``.
-        timm: instead of ``arch``, the name of a timm model.
         **kwargs: the arguments of :class:`~rl_mmdet.models.backbones.timm_backbone.TimmBackbone`, ``replacement``
-            among them. With ``arch`` also: ``img_size`` (1024), the side in pixels of the images that the global
+            among them. Also: ``img_size`` (1024), the side in pixels of the images that the global
             blocks' position tables are made for; ``patch_size`` (16), in pixels; ``window_size`` (14), in patches;
             ``global_attn_indexes``, the blocks that attend to the whole image, by default the last of each quarter;
             ``use_rel_pos`` (True), relative positions in every block.
 
     Raises:
-        ValueError: both ``arch`` and ``timm``, an unknown ``arch``, a timm model that isn't a plain ViT, a block that
-            doesn't exist, or what TimmBackbone refuses.
+        ValueError: an unknown ``arch``, a block that doesn't exist, or what TimmBackbone refuses.
 
     Example:
         >>> RLViT('base', replacement=dict(plan=dict(type='EveryKth', k=2)))
-        >>> RLViT(timm='vit_base_patch14_dinov2', norm=True)
 
     Source: "Exploring Plain Vision Transformer Backbones for Object Detection", arXiv 2203.16527.
     """
 
-    def __init__(self, arch: str | Mapping[str, int] | None = None, *, timm: str | None = None,
-                 **kwargs: Any) -> None:
-        if timm is None:
-            super().__init__(VITDET, **_vitdet_arguments('base' if arch is None else arch, **kwargs))
-        elif arch is None:
-            super().__init__(timm, **kwargs)
-        else:
-            raise ValueError(f'RLViT: arch={arch!r} and timm={timm!r} both say which model; leave one out')
-        self.is_vitdet = timm is None
-        if self.patch == 1:
-            raise ValueError(f"RLViT: timm's {timm} is no plain ViT, its maps have several strides; use "
-                             f"dict(type='RLBackbone', timm={timm!r})")
+    def __init__(self, arch: str | Mapping[str, int] = 'base', **kwargs: Any) -> None:
+        if 'timm' in kwargs:
+            raise ValueError("RLViT is ViTDet's; for a model of timm use dict(type='RLBackbone', "
+                             f'timm={kwargs["timm"]!r})')
+        super().__init__(VITDET, **_vitdet_arguments(arch, **kwargs))
 
 
 def _vitdet_arguments(arch: str | Mapping[str, int], *, img_size: int = 1024, patch_size: int = 16,
@@ -97,8 +84,6 @@ def _vitdet_arguments(arch: str | Mapping[str, int], *, img_size: int = 1024, pa
 @own_layout.register
 def _(module: RLViT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """SAM's and plain ViTs' layouts for ViTDet: the body's tensors, with positions for its grid and windows."""
-    if not module.is_vitdet:
-        return own_layout.dispatch(TimmBackbone)(module, tensors)
     own = {key: value for key, value in timm_layout(VITDET, module.body, tensors).items()
            if key.startswith(('patch_embed.', 'blocks.', 'pos_embed'))}
     grid = module.kwargs['img_size'] // module.kwargs['patch_size']
@@ -130,4 +115,4 @@ def _resize_positions(positions: Tensor, grid: int) -> Tensor:
 @never_pretrained.register
 def _(module: RLViT) -> tuple[str, ...]:
     """Plain ViTs have no relative positions, which ViTDet has."""
-    return tuple(f'blocks.{index}.attn.rel_pos' for index in range(len(module.blocks))) if module.is_vitdet else ()
+    return tuple(f'blocks.{index}.attn.rel_pos' for index in range(len(module.blocks)))

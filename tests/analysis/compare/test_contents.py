@@ -1,16 +1,13 @@
 """What a report is made of, read from the folder of a comparison."""
 import json
 import statistics
-from dataclasses import replace
 
 import pytest
 
 from rl_mmdet.analysis.compare import collect
-from rl_mmdet.analysis.compare.bootstrap import Interval
 from rl_mmdet.analysis.compare.differences import difference, spread, welch_interval
-from rl_mmdet.analysis.compare.in_short import in_short, side, signed
-from rl_mmdet.analysis.compare.runs import matches_of, scores_of
-from rl_mmdet.analysis.compare.training_log import read_training_log
+from rl_mmdet.analysis.compare.runs import scores_of
+from rl_mmdet.analysis.compare.verdict import side, signed
 from rl_mmdet.engine import UserError
 
 
@@ -19,41 +16,39 @@ def collected(finished):
     return collect(finished[0])
 
 
-def test_collect_averages_over_the_finished_runs_and_says_what_failed(finished, collected, tmp_path):
+def test_collect_averages_over_the_finished_runs_and_says_what_failed(finished, collected):
     comparison, _ = finished
     base, twin, worse = collected.variants
     aps = [scores_of(run)['bbox'].ap for run in comparison.runs() if run.variant == 'worse']
     assert worse.scores['bbox']['ap'] == spread(aps)
     assert worse.difference['bbox'].mean == pytest.approx(statistics.fmean(aps) - 1)
-    assert worse.difference['bbox'].images.resamples == 1000
+    low, high = worse.difference['bbox'].images
+    assert low < worse.difference['bbox'].mean < high <= 0
     assert base.difference == {} and base.scores['bbox']['ap_large'] is None
     assert twin.scores['bbox']['ap'].values == [0] and twin.difference['bbox'].images is None
-    assert list(worse.per_class['bbox']) == comparison.classes
     states = {(run.variant, run.seed): run for run in collected.runs}
     assert states['twin', 1].status == 'failed' and 'out of luck' in states['twin', 1].error
     done = states['base', 1]
     assert (done.status, done.checkpoint, done.folder) == ('finished', 'epoch_1.pth', 'runs/base/seed_1')
-    collected.save(tmp_path / 'report.json')
-    saved = json.loads((tmp_path / 'report.json').read_text())
-    assert saved['format'] == 'rl_mmdet.report/2'
+    saved = json.loads(collected.as_json())
+    assert saved['format'] == 'rl_mmdet.report/3'
     assert saved['variants'][2]['options']['model.backbone.replacement.plan.k'] == 2
 
 
 def test_collect_refuses_runs_that_were_scored_on_other_annotations(finished):
     comparison, _ = finished
-    run = comparison.runs()[-1]
-    path, matches = run.folder / 'matches_bbox.npz', matches_of(run, 'bbox')
-    before = path.read_bytes()
-    replace(matches, objects=matches.objects[:, ::-1]).save(path)
+    path = comparison.runs()[-1].folder / 'scores.json'
+    before = path.read_text()
+    path.write_text(json.dumps({'bbox': json.loads(before)['bbox'] | dict(objects=10**6)}))
     try:
         with pytest.raises(UserError, match='worse, seed 1: it was scored on other annotations than base, seed 0'):
             collect(comparison)
     finally:
-        path.write_bytes(before)
+        path.write_text(before)
 
 
-@pytest.mark.parametrize('name', ['runs/base/seed_0/scores.json', 'runs/base/seed_0/matches_bbox.npz',
-                                  'runs/base/seed_0/cost.json', 'costs.json'])
+@pytest.mark.parametrize('name', ['runs/base/seed_0/scores.json', 'runs/base/seed_0/resampled.json',
+                                  'costs.json'])
 @pytest.mark.parametrize('content', [b'', b'{"bbox": {"a', b'{"costs": 3, "bbox": 1}', b'PK'])
 def test_a_truncated_or_changed_result_file_is_one_line(finished, name, content):
     path = finished[0].folder / name
@@ -66,21 +61,12 @@ def test_a_truncated_or_changed_result_file_is_one_line(finished, name, content)
         path.write_bytes(before) if before is not None else path.unlink()
 
 
-def test_in_short_names_one_seed_and_a_difference_with_its_bounds(collected):
-    (name, twin), (_, worse) = in_short(collected)
-    assert name == 'twin' and 'AP (-1.000, but one seed only: no interval)' in twin
-    low, high = collected.variants[2].difference['bbox'].widest
-    assert f', between {signed(low)} and {signed(high)})' in worse
-
-
 def test_verdict_needs_both_intervals():
-    images = Interval(-.5, -.55, -.45, .95, 1000)
+    images = -.55, -.45
     sure = difference(spread([1., 1.001]), spread([.5, .501]), images)
     unsure = difference(spread([1.3, .7]), spread([.8, .2]), images)
-    better = difference(spread([.5, .501]), spread([1., 1.001]), Interval(.5, .45, .55, .95, 1000))
+    better = difference(spread([.5, .501]), spread([1., 1.001]), (.45, .55))
     assert (sure.verdict, unsure.verdict, better.verdict) == ('worse', 'open', 'better')
-    assert sure.widest == (images.low, images.high)
-    assert unsure.widest == (unsure.low, unsure.high)
 
 
 def test_welch_interval_has_the_textbook_value():
@@ -108,23 +94,11 @@ def test_signed_has_no_negative_zero():
     assert (signed(-.0001), signed(.0126), signed(-.0126)) == ('+0.000', '+0.013', '-0.013')
 
 
-def lines(folder, *rows):
-    path = folder / 'vis_data' / 'scalars.json'
-    path.parent.mkdir(parents=True)
-    path.write_text('\n'.join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-
-
-def test_training_log_joins_the_files_of_a_resumed_training(tmp_path):
-    log = read_training_log(tmp_path)
-    assert (log.loss, log.ap, log.data_share, log.peak_gpu_bytes) == ([], {}, None, None)
-    train = dict(data_time=.1, time=.4, epoch=1)
-    lines(tmp_path / '20260101_000000', dict(train, loss=3., step=10), dict(train, loss=2., step=20),
-          {'coco/bbox_mAP': .25, 'step': 1}, dict(train, loss=1.5, step=30, epoch=2),
-          {'replacement/backbone.layer1.1/a': .5, 'replacement/backbone.layer1.1/b': .4, 'step': 0}, '{"loss": 1.')
-    lines(tmp_path / '20260102_000000', dict(train, loss=1.25, step=30, epoch=2, memory=100),
-          dict(train, loss=1., step=40, epoch=2, memory=200), {'coco/bbox_mAP': -1., 'step': 2})
-    log = read_training_log(tmp_path)
-    assert log.loss == [(10, 3.), (20, 2.), (30, 1.25), (40, 1.)]
-    assert log.ap == {'bbox': [(20, .25), (40, 0.)]}
-    assert log.data_share == pytest.approx(.25)
-    assert log.peak_gpu_bytes == 200 * 2**20
+def test_ap_during_a_resumed_training_is_joined_from_its_logs_and_an_unfinished_line_passed_over(comparison):
+    run = comparison.runs()[0]
+    for day, rows in ((1, [{'coco/bbox_mAP': .25, 'step': 1}, {'coco/bbox_mAP': .3, 'step': 2}, {'loss': 1.}]),
+                      (2, [{'coco/bbox_mAP': .35, 'step': 2}, {'coco/bbox_mAP': -1., 'step': 3}])):
+        path = run.folder / f'2026010{day}_000000' / 'vis_data' / 'scalars.json'
+        path.parent.mkdir(parents=True)
+        path.write_text('\n'.join(map(json.dumps, rows)) + '\n{"coco/bbox_mAP": 1.')
+    assert collect(comparison).runs[0].curves == {'bbox': [(1, .25), (2, .35), (3, 0.)]}

@@ -12,7 +12,7 @@ from rl_mmdet.engine import UserError, add_rl_defaults_, build_model, load_confi
 
 CONFIGS = Path(__file__).resolve().parents[3] / 'configs' / 'digits'
 BASELINE, RL = 'faster-rcnn_r34_fpn_digits.py', 'faster-rcnn_rl-r34-k2_fpn_digits.py'
-TIMES = ('step', 'latency', 'plain_latency')
+TIMES = ('step', 'latency')
 ROUNDS = 2
 
 
@@ -22,8 +22,7 @@ def load(tmp_path_factory):
     tiny = {'data_root': str(tmp_path_factory.mktemp('data')), 'model.backbone.base_channels': 4,
             'model.neck.in_channels': [4, 8, 16, 32], 'train_dataloader.batch_size': 2,
             'train_dataloader.dataset.num_images': 6, 'train_dataloader.dataset.image_size': (64, 64),
-            'train_dataloader.dataset.scenes.scales': (16, 30), 'val_dataloader.dataset.num_images': 2,
-            'val_dataloader.dataset.image_size': (64, 64), 'val_dataloader.dataset.scenes.scales': (16, 30)}
+            'val_dataloader.dataset.num_images': 2, 'val_dataloader.dataset.image_size': (64, 64)}
     return lambda name=BASELINE, **options: add_rl_defaults_(load_config(
         str(CONFIGS / name), tiny | {key.replace('__', '.'): value for key, value in options.items()}))
 
@@ -48,11 +47,9 @@ def found(load):
 def test_counts_are_those_of_a_training_step_on_the_data(load, found):
     cost = found['baseline']
     assert (cost.batch, cost.image_size) == (2, (128, 128))
-    assert 2 < cost.step_flops / cost.forward_flops <= 3
     assert 0 < cost.saved_bytes < cost.peak_bytes
     learning = [p for p in build_model(load()).parameters() if p.requires_grad]
     assert cost.trainable == sum(p.numel() for p in learning)
-    assert cost.optimizer_bytes == sum(2 * 4 * p.numel() + 4 for p in learning)  # AdamW: two moments and a step
     report = build_model(load(RL)).backbone.replacement_report
     assert found['RL-v1'].trainable == cost.trainable - report.removed_parameters + report.learnable
 
@@ -64,16 +61,15 @@ def test_times_are_ratios_to_the_baseline_of_the_same_round(found):
         trained = getattr(base, f'{kind}_seconds')
         assert getattr(cost, f'{kind}_ratios') == [
             own / other for own, other in zip(getattr(cost, f'{kind}_seconds'), trained, strict=True)]
-    assert cost.plain_latency_seconds != cost.latency_seconds
 
 
 def test_a_broken_variant_becomes_one_line_and_the_others_are_measured(found):
-    assert found['broken'].startswith('RuntimeError: ') and '\n' not in found['broken']
+    assert '31' in found['broken'] and '\n' not in found['broken']
     assert isinstance(found['RL-v1'], Cost) and next(iter(found)) == 'baseline'
 
 
 @pytest.mark.parametrize(('options', 'complaint'), [
-    (dict(model__neck__in_channels=[4, 8, 16, 31]), "first can't be measured: RuntimeError"),
+    (dict(model__neck__in_channels=[4, 8, 16, 31]), "first can't be measured: .*31"),
     (dict(model__rpn_head__loss_cls__loss_weight=float('nan')), "training step's loss is nan"),
 ])
 def test_a_broken_baseline_is_a_user_error(load, options, complaint):
@@ -89,8 +85,7 @@ def test_a_checkpoint_is_loaded_and_left_as_it_was_by_steps_and_predictions(load
     assert_same_state(subject.model.state_dict(), saved)
     subject.model.train()
     subject.step()
-    for model in subject.predictors():
-        subject.predict(model)
+    subject.predict(subject.predictor())
     assert_same_state(subject.model.state_dict(), saved)
     with pytest.raises(UserError, match="atss can't be measured.*don't fit the model"):
         measure({'atss': load('atss_r34_fpn_digits.py')}, {'atss': tmp_path / 'saved.pth'})
@@ -103,6 +98,5 @@ def test_what_one_process_on_a_cpu_cannot_do_is_left_out(load, monkeypatch):
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='torchvision://resnet34')
     subject = subject_of(cfg)
     assert type(subject.optim) is OptimWrapper
-    assert subject.remarks == ['mixed precision needs a GPU; measured in float32']
     subject.step()
     assert subject.optim.optimizer.state

@@ -7,16 +7,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from rl_mmdet.analysis.compare.bootstrap import Interval
 from rl_mmdet.analysis.compare.coco_scores import Scores
 from rl_mmdet.analysis.compare.contents import FIELDS, Contents, RunResult, VariantResult
 from rl_mmdet.analysis.compare.costs import Cost
 from rl_mmdet.analysis.compare.differences import Difference, spread
-from rl_mmdet.analysis.compare.in_short import verdict
 from rl_mmdet.analysis.compare.plots import curves, pareto, pareto_front, styles
 from rl_mmdet.analysis.compare.report import escape_markdown, write_report
-from rl_mmdet.analysis.compare.training_log import TrainingLog
-from rl_mmdet.analysis.training_run import TrainingCost
+from rl_mmdet.analysis.compare.verdict import verdict
 
 EVIL = 'a|b <script>alert(1)</script>'
 VOID = {'meta', 'link', 'img', 'br', 'hr', 'input'}
@@ -52,33 +49,30 @@ def make_variant(name, aps=(), difference=None, options=None, cost=1.):
     """A variant with the AP of its seeds, and its cost over the baseline's."""
     ones = [1.] * 3
     measured = None if cost is None else Cost(
-        40, int(40e6 * cost), 8, 10, int(2e9 * cost), 5, int(7e6 * cost), 'torch', ones,
-        [.9 * cost, 1. * cost, 1.2 * cost], ones, ones, ones, ones, 2, (64, 64))
+        int(40e6 * cost), int(2e9 * cost), 5, int(7e6 * cost), 'torch', ones, [.9 * cost, 1. * cost, 1.2 * cost], ones,
+        ones, 2, (64, 64))
     scores = {'bbox': {field: spread(aps) for field in FIELDS}} if aps else {}
-    return VariantResult(name, 'configs/base.py', options or {}, scores, {'bbox': {'cat': .25}} if aps else {},
-                         {'bbox': difference} if difference else {}, measured)
+    return VariantResult(name, 'configs/base.py', options or {}, scores, {'bbox': difference} if difference else {},
+                         measured)
 
 
-def make_run(variant, seed=0, score=None, status='finished', error=None, **log):
-    scores = {} if score is None else {'bbox': Scores(*[score] * 6, {'cat': score})}
-    return RunResult(variant, seed, status, error, scores, TrainingCost(9., 2 ** 30, True), TrainingLog(**log),
-                     f'runs/{variant}', None)
+def make_run(variant, seed=0, score=None, status='finished', error=None, curve=()):
+    scores = {} if score is None else {'bbox': Scores(*[score] * 6, 12, 34)}
+    return RunResult(variant, seed, status, error, scores, {'bbox': curve} if curve else {}, f'runs/{variant}', None)
 
 
 def make_contents(variants, runs=(), seeds=2):
     return Contents(['python tools/compare.py --seeds 2'], {'device': 'Machine 1', 'torch': '2.x'}, '2026-01-31',
-                    'data/pets/val.json', 12, 34, ['cat'],
-                    ['bbox'], seeds, list(variants), list(runs))
+                    'data/pets/val.json', 12, 34, ['bbox'], seeds, list(variants), list(runs))
 
 
 @pytest.fixture(scope='module')
 def contents():
     """A baseline, a variant that is worse, and one whose trainings failed or aren't finished."""
-    worse = Difference(-.1, Interval(-.1, -.123, -.077, .95, 1000), -.15, -.05, 'worse')
+    worse = Difference(-.1, (-.123, -.077), (-.15, -.05), 'worse')
     variants = [make_variant('base', (.4, .5)), make_variant('smaller', (.3, .4), worse, cost=.5),
                 make_variant(EVIL, (), options={'model.depth': 34, 'note': '<script>'})]
-    log = dict(loss=[(1, 2.), (2, 1.)])
-    runs = [make_run('base', 0, .4, **log), make_run('base', 1, .5), make_run('smaller', 0, .3),
+    runs = [make_run('base', 0, .4, curve=[(1, .2), (2, .4)]), make_run('base', 1, .5), make_run('smaller', 0, .3),
             make_run('smaller', 1, .4), make_run(EVIL, 0, None, 'failed', 'with a <b>trace</b>\nit ended'),
             make_run(EVIL, 1, None, 'unfinished')]
     return make_contents(variants, runs)
@@ -111,7 +105,8 @@ def test_report_replaces_an_earlier_one_and_touches_nothing_else(written, markdo
     links = re.findall(r'!\[.+\]\((.+)\)', markdown)
     assert sorted([*links, 'figures/mine.png']) == sorted(f'figures/{path.name}'
                                                           for path in (written / 'figures').iterdir())
-    assert json.loads((written / 'report.json').read_text())['variants'][1]['difference']['bbox']['low'] == -.15
+    variant = json.loads((written / 'report.json').read_text())['variants'][1]
+    assert variant['difference']['bbox']['seeds'] == [-.15, -.05]
 
 
 def test_html_is_well_formed_and_needs_nothing_else(html):
@@ -120,8 +115,8 @@ def test_html_is_well_formed_and_needs_nothing_else(html):
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
     assert [text for level, text in page.headings if level == 2] == [
-        'In short', 'At a glance', 'Box AP', 'Cost', 'Trainings', 'Box AP against the cost of training',
-        'Course of the trainings', "Trainings that failed or aren't finished", 'Variants', 'How this was made']
+        'In short', 'Box AP', 'Cost', 'Box AP against the cost of training', 'AP in the course of the trainings',
+        'What is not done', 'Variants', 'How this was made']
     assert 'script' not in dict(page.tags)
     assert all(address.startswith(('#', 'data:image/')) for address in page.attributes('src', 'href'))
     assert not re.search(r'url\(|@import', html)
@@ -149,10 +144,8 @@ def test_both_reports_say_what_was_found(html, markdown):
         assert number in text and number in markdown
     assert '| ▼ -0.100 |' in markdown and re.search(r'<td class="worse">.*▼.*-0\.100</td>', html)
     assert '| ▲ 20.000 (0.50) |' in markdown and re.search(r'<td class="better">.*▲.*20\.000 \(0\.50\)</td>', html)
-    assert html.index('<strong>smaller</strong>: better in trainable parameters') < html.index('At a glance</h2>')
-    assert markdown.index('**smaller**: better in trainable parameters') < markdown.index('## At a glance')
-    assert f'**{escape_markdown(EVIL)}, seed 0** failed' in markdown and ': it ended\n' in markdown
-    assert f'**{escape_markdown(EVIL)}**: not finished with seed 1' in markdown
+    assert f'**{escape_markdown(EVIL)}, seed 0**: failed' in markdown and ': it ended\n' in markdown
+    assert f'**{escape_markdown(EVIL)}, seed 1**: unfinished\n' in markdown
     assert '<summary>it ended</summary>' in html
     assert '```\npython tools/compare.py --seeds 2\n```' in markdown and '- torch: 2.x' in markdown
     assert {'python tools/compare.py --seeds 2', 'Machine 1', '2.x'} <= set(text)
@@ -161,13 +154,13 @@ def test_both_reports_say_what_was_found(html, markdown):
 def test_both_reports_begin_with_date_data_and_a_verdict(html, markdown):
     for text in (html, markdown):
         parts = ['2026-01-31, 4 of 6 trainings finished', 'val set data/pets/val.json, 12 images with 34 objects',
-                 'In short', 'smaller loses AP (-0.100), spares peak memory of a training step.', 'better in trainable']
+                 'In short', 'smaller loses AP (-0.100), spares peak memory of a training step.', '95 % over seeds']
         places = [text.replace('&#39;', "'").index(part) for part in parts]
         assert places == sorted(places)
 
 
 def test_the_verdict_says_where_nothing_was_learned_and_what_the_seeds_cannot_tell():
-    open_ = Difference(.01, Interval(.01, -.1, .1, .95, 1000), -.2, .2, 'open')
+    open_ = Difference(.01, (-.1, .1), (-.2, .2), 'open')
     variants = [make_variant('base', (.4, .5)), make_variant('same', (.4, .6), open_, cost=1.),
                 make_variant('dead', (.01, .012), Difference(-.4)), make_variant('young')]
     assert verdict(make_contents(variants)) == (
@@ -184,10 +177,12 @@ def test_report_of_one_seed_or_of_nothing_says_so(tmp_path):
     for name in ('report.html', 'report.md'):
         text = (tmp_path / name).read_text(encoding='utf-8').replace('&#39;', "'")
         assert 'one seed' in text and 'nothing is called better or worse in AP' in text
-    variants = [VariantResult('base', 'base.py', {}), VariantResult('other', 'base.py', {'k': 2})]
-    write_report(Contents([], {'device': 'CPU'}, '', 'val.json', None, None, ['cat'], ['bbox'], 3, variants, []),
+    variants = [VariantResult('base', 'base.py', {}),
+                VariantResult('other', 'base.py', {'k': 2}, cost_error='RuntimeError: too big')]
+    write_report(Contents([], {'device': 'CPU'}, '', 'val.json', None, None, ['bbox'], 3, variants, []),
                  tmp_path)
-    assert 'nothing known yet' in (tmp_path / 'report.md').read_text(encoding='utf-8')
+    assert 'Nothing is known of AP yet' in (tmp_path / 'report.md').read_text(encoding='utf-8')
+    assert "**other**: its cost couldn't be measured (RuntimeError: too big)" in (tmp_path / 'report.md').read_text()
     assert not list((tmp_path / 'figures').iterdir())
 
 
@@ -225,22 +220,10 @@ def test_styles_tell_ten_variants_apart_without_colours():
 
 
 def test_curves_draw_finished_trainings_where_there_are_any():
-    runs = [make_run('base', 0, loss=[(10, 2.), (20, 1.)], ap={'bbox': [(20, .5)]}),
-            make_run('base', 1, None, 'failed', loss=[(10, 9.), (20, 9.)]),
-            make_run('other', 0, None, 'unfinished', loss=[(10, 3.), (20, 3.)])]
+    runs = [make_run('base', 0, curve=[(1, .4), (2, .5)]), make_run('base', 1, None, 'failed', curve=[(1, .9)]),
+            make_run('other', 0, None, 'unfinished', curve=[(1, .1)])]
     figure = curves(make_contents([make_variant('base'), make_variant('other'), make_variant('silent')], runs))
-    loss, ap = figure.axes
-    assert (loss.get_ylabel(), ap.get_ylabel()) == ('training loss', 'Box AP on the val set')
-    assert [line.get_ydata().tolist() for line in loss.lines] == [[2, 1], [3, 3]]
-    assert [line.get_ydata().tolist() for line in ap.lines] == [[.5]]
+    assert figure.axes[0].get_ylabel() == 'Box AP on the val set'
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[.4, .5], [.1]]
     assert legend(figure) == ['base', 'other']
-    nothing = make_contents([make_variant('base')], [make_run('base')])
-    assert curves(nothing) is None
-
-
-def test_curves_smooth_the_loss_and_leave_out_what_is_not_finite():
-    loss = [(step, 1. if step % 2 else 3.) for step in range(400)] + [(400, math.nan), (401, math.inf)]
-    figure = curves(make_contents([make_variant('base')], [make_run('base', loss=loss)]))
-    values = figure.axes[0].lines[0].get_ydata()
-    assert len(values) == 200
-    assert np.abs(values - 2).max() < .2
+    assert curves(make_contents([make_variant('base')], [make_run('base')])) is None
