@@ -6,6 +6,7 @@ from torch import nn
 
 from ..engine import UserError, read_checkpoint
 from ..engine.preflight import build_model
+from ..engine.preflight.guard import find_class
 from ..models.layouts import state_dict_of
 from ..replacement import ReplacementReport, adapt_state_dict, find_chains
 from ..replacement.report import BlockRow, describe_blocks, describe_state
@@ -51,8 +52,8 @@ def backbone_cfg(cfg: Config) -> dict:
     backbone = (cfg.get('model') or {}).get('backbone')
     if backbone is None:
         raise UserError('config: model.backbone is missing')
-    if MODELS.get(backbone.type) is None:
-        raise UserError(f'model.backbone: unknown type {backbone.type!r}')
+    if find_class(MODELS, backbone.get('type')) is None:
+        raise UserError(f'model.backbone: unknown type {backbone.get("type")!r}')
     return backbone
 
 

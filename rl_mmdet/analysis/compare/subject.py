@@ -14,6 +14,7 @@ from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 
 from ...engine import UserError, build_model, load_checkpoint_, take_found_
+from ...engine.config import type_name
 from ...engine.search import searched_module
 from ...replacement import materialize, set_step_
 from ...replacement.flops import count_flops
@@ -25,6 +26,7 @@ WORKERS = ('prefetch_factor', 'timeout', 'multiprocessing_context')
 """Settings of a data loader that make no sense without worker processes."""
 AMP = ('loss_scale', 'dtype', 'use_fsdp')
 """Settings of an optimizer wrapper that only one for mixed precision has."""
+SYNCHRONISED = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
 SCALING = 20
 """Most steps that a dynamic loss scale may need to come down to where the gradients are finite."""
 
@@ -51,7 +53,7 @@ class Subject:
 
     def _build_optim(self, cfg: Config) -> OptimWrapper:
         settings = dict(copy.deepcopy(cfg.optim_wrapper), accumulative_counts=1)
-        if settings.get('type') in ('AmpOptimWrapper', AmpOptimWrapper) and self.device.type == 'cpu':
+        if type_name(settings) == 'AmpOptimWrapper' and self.device.type == 'cpu':
             settings = {key: value for key, value in settings.items() if key not in AMP} | dict(type='OptimWrapper')
             self.remarks.append('mixed precision needs a GPU; measured in float32')
         wrapper = build_optim_wrapper(self.model, settings)
@@ -141,7 +143,7 @@ def _alone(node: Any) -> Any:
     """A copy of a config value with BatchNorm for one process, and without pretrained weights to load."""
     if isinstance(node, Mapping):
         own = {key: _alone(value) for key, value in node.items() if not _loads(key, value)}
-        return own | (dict(type='BN') if own.get('type') in ('SyncBN', 'MMSyncBN') else {})
+        return own | (dict(type='BN') if type_name(own) in SYNCHRONISED else {})
     if isinstance(node, (list, tuple)):
         return type(node)(_alone(each) for each in node if not _loads('init_cfg', each))
     return node
@@ -150,7 +152,7 @@ def _alone(node: Any) -> Any:
 def _loads(key: str, value: Any) -> bool:
     """Whether a setting names weights to start from."""
     if isinstance(value, Mapping):
-        return key == 'init_cfg' and value.get('type') in ('Pretrained', 'PretrainedInit')
+        return key == 'init_cfg' and type_name(value) in ('Pretrained', 'PretrainedInit')
     return key == 'pretrained' and isinstance(value, str)
 
 

@@ -2,6 +2,7 @@
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..config import nested_dicts
+from ..config import nested_dicts, type_name
 from ..errors import UserError
 from .data import Lengthened, SmallData
 from .guard import ELSEWHERE, find_class, parameters_of, quiet, reason_of
@@ -56,7 +57,7 @@ def small_loader(cfg: Config, setting: str, small: SmallData, side: int | None =
         built[0]
         settings['dataset'] = Lengthened(built, small.scale)
     else:
-        if (settings.get('sampler') or {}).get('type') not in SAMPLERS or settings.get('batch_sampler'):
+        if type_name(settings.get('sampler')) not in SAMPLERS or settings.get('batch_sampler'):
             return DataLoader(range(1000))
         settings['dataset'] = range(1000)
     loader = Runner.build_dataloader(settings, seed=0)
@@ -78,7 +79,7 @@ def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[di
     for side in SIDES:
         try:
             with quiet(), torch.no_grad():
-                loader = small_loader(Config(cfg._cfg_dict.to_dict()), f'{phase}_dataloader', small, side)
+                loader = small_loader(Config(deepcopy(cfg._cfg_dict)), f'{phase}_dataloader', small, side)
                 batch = loader.collate_fn([loader.dataset[0], loader.dataset[1]])
                 model.train(phase == 'train')
                 inputs = model.data_preprocessor(batch, phase == 'train')
@@ -119,7 +120,7 @@ def _resize_last_(node: Any, side: int) -> None:
     """Put a Resize in front of every PackDetInputs, in place."""
     if isinstance(node, list):
         for index in [index for index, one in enumerate(node) if isinstance(one, Mapping)
-                      and one.get('type') == 'PackDetInputs'][::-1]:
+                      and type_name(one) == 'PackDetInputs'][::-1]:
             node.insert(index, dict(type='mmdet.Resize', scale=(side, side), keep_ratio=False))
     for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ():
         _resize_last_(child, side)
