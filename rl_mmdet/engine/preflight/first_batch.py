@@ -11,7 +11,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from ..config import nested_dicts, type_name
 from ..errors import UserError
@@ -68,7 +68,7 @@ def small_loader(cfg: Config, setting: str, small: SmallData, side: int | None =
 
 
 def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[dict, Any] | None:
-    """Show the detector two images of a phase.
+    """Show the detector two images of a phase; of several data sets in a row, two of the first and of the last.
 
     Returns:
         The batch, and the losses or the predictions; None if they can be had only where the run will be.
@@ -80,7 +80,8 @@ def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[di
         try:
             with quiet(), torch.no_grad():
                 loader = small_loader(Config(deepcopy(cfg._cfg_dict)), f'{phase}_dataloader', small, side)
-                batch = loader.collate_fn([loader.dataset[0], loader.dataset[1]])
+                several = isinstance(loader.dataset.dataset, ConcatDataset)  # semi-supervised detectors want all kinds
+                batch = loader.collate_fn([loader.dataset[index] for index in (0, 1, *(-2, -1) * several)])
                 model.train(phase == 'train')
                 inputs = model.data_preprocessor(batch, phase == 'train')
                 return batch, model(**inputs, mode='loss' if phase == 'train' else 'predict')

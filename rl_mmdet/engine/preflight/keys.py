@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ..config import nested_dicts
+from ..config import nested_dicts, type_name
 from ..errors import UserError
 from .guard import at, close, meant, places_in
 
@@ -35,7 +35,8 @@ def check_keys(cfg: Config) -> list[str]:
     model = cfg.get('model') or {}
     for key in cfg:
         of_model = key in OF_BACKBONES or key in model and key not in READ
-        if of_model and not any(key in node and node[key] == cfg[key] for node in nested_dicts(model)):
+        variable = type_name(cfg[key]) and type_name(cfg[key]) == type_name(model.get(key))  # such as semi's detector
+        if of_model and not variable and not any(key in node and node[key] == cfg[key] for node in nested_dicts(model)):
             raise UserError(f'{key}: nobody reads it here; write '
                             f'model=dict({f"backbone=dict({key}=...)" if key in OF_BACKBONES else f"{key}=..."})')
         if key in unread and close(key, READ - {'tta_model', 'tta_pipeline'}, .85):

@@ -82,8 +82,10 @@ def fit_outputs_(model: nn.Module, batches: Sequence[Any], steps: int = 200, lr:
                 run(model, batch)
 
         found = fit_layers_(layers, batches, steps, lr, receive, reduce, track)
-    for layer in () if keep else layers.values():
-        layer.forget_block_()
+    for layer in layers.values():
+        layer.fit_wanted = False
+        if not keep:
+            layer.forget_block_()
     if stale:
         recalibrate_norms_(model, batches, lambda batch: run(model, batch), reduce)
     return found
