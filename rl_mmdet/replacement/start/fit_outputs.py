@@ -192,9 +192,12 @@ def _call(layer: ComputingLayer, inputs: tuple[tuple, dict]) -> Any:
 
 @contextmanager
 def _ready_to_fit(model: nn.Module, layers: Mapping[str, ComputingLayer]) -> Iterator[None]:
-    """In eval mode, but for the layers' BatchNorms, and with layers that learn in every step."""
+    """In eval mode, but for the layers' BatchNorms, and with layers that learn in every step, a frozen teacher's too."""
     modes = [(module, module.training) for module in model.modules()]
     turns = [(layer, layer.turn) for layer in layers.values()]
+    frozen = [own for layer in layers.values() for own in layer.own_parameters().values() if not own.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     model.eval()
     for layer in layers.values():
         make_ready_to_fit_(layer)
@@ -205,6 +208,8 @@ def _ready_to_fit(model: nn.Module, layers: Mapping[str, ComputingLayer]) -> Ite
             module.training = mode
         for layer, turn in turns:
             layer.turn = turn
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def make_ready_to_fit_(layer: ComputingLayer) -> None:
