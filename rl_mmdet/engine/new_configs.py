@@ -79,10 +79,10 @@ def write_new_configs(base: str, train: str, val: str, images: Sequence[str] = (
     remarks, steps = _set_schedule_(baseline, len(data[0].files))
     rl = _replaced(baseline, steps)
     os.makedirs(out, exist_ok=True)
-    parent = base if '::' in base else osp.relpath(base, out)
+    first = base if '::' in base else osp.relpath(base, out)
     if not all(isinstance(node.get('type', ''), str) for node in nested_dicts(cfg._cfg_dict)):
-        parent, cfg = [], Config()  # MMEngine's new style, which can't be a base of these
-    for file, parent, old, new in ((files[0], parent, cfg, baseline), (files[1], osp.basename(files[0]), baseline, rl)):
+        first, cfg = [], Config()  # MMEngine's new style, which can't be a base of these
+    for file, parent, old, new in ((files[0], first, cfg, baseline), (files[1], osp.basename(files[0]), baseline, rl)):
         write_text(file, f'_base_ = {parent!r}\n{Config(_difference(old.to_dict(), new.to_dict())).pretty_text}')
     return NewConfigs(*files, remarks)
 

@@ -192,7 +192,7 @@ def _call(layer: ComputingLayer, inputs: tuple[tuple, dict]) -> Any:
 
 @contextmanager
 def _ready_to_fit(model: nn.Module, layers: Mapping[str, ComputingLayer]) -> Iterator[None]:
-    """In eval mode, but for the layers' BatchNorms, and with layers that learn in every step, a frozen teacher's too."""
+    """In eval mode, but for the layers' BatchNorms, with layers that learn in every step, those of a teacher, too."""
     modes = [(module, module.training) for module in model.modules()]
     turns = [(layer, layer.turn) for layer in layers.values()]
     frozen = [own for layer in layers.values() for own in layer.own_parameters().values() if not own.requires_grad]
