@@ -22,6 +22,7 @@ def main(args: argparse.Namespace) -> None:
     texts = engine.begin_or_resume_(cfg, args.resume, args.allow_pickle)
     engine.take_found_(cfg, engine.resume_checkpoint(cfg), args.allow_pickle)
     engine.add_rl_defaults_(cfg)
+    texts += engine.add_import_(cfg)
     if args.amp:
         options.enable_amp_(cfg)
     if args.auto_scale_lr:

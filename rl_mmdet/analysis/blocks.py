@@ -6,6 +6,7 @@ from torch import nn
 
 from ..engine import UserError
 from ..engine.preflight import build_model
+from ..engine.preflight.guard import find_class
 from ..replacement import ReplacementReport, find_chains
 from ..replacement.report import describe_blocks, describe_state
 
@@ -41,8 +42,8 @@ def backbone_cfg(cfg: Config) -> dict:
     backbone = (cfg.get('model') or {}).get('backbone')
     if backbone is None:
         raise UserError('config: model.backbone is missing')
-    if MODELS.get(backbone.type) is None:
-        raise UserError(f'model.backbone: unknown type {backbone.type!r}')
+    if find_class(MODELS, backbone.get('type')) is None:
+        raise UserError(f'model.backbone: unknown type {backbone.get("type")!r}')
     return backbone
 
 

@@ -109,7 +109,7 @@ def calibration_batches(cfg: Config, count: int, seed: int = 0) -> list[Tensor]:
     set_random_seed(seed)
     settings = {key: value for key, value in copy.deepcopy(cfg.train_dataloader).items() if key != 'prefetch_factor'}
     loader = Runner.build_dataloader(dict(settings, num_workers=0, persistent_workers=False), seed=seed)
-    preprocessor = MODELS.build(cfg.model.get('data_preprocessor') or dict(type='DetDataPreprocessor'))
+    preprocessor = MODELS.build(cfg.model.get('data_preprocessor') or dict(type='mmdet.DetDataPreprocessor'))
     inputs = [preprocessor(batch, True)['inputs'] for batch in islice(loader, count)]
     if not inputs:
         raise UserError('train_dataloader: it gives no batch')

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..engine import UserError
+from ..engine.config import type_name
 from ..engine.preflight import build_model, nothing_global
+from ..engine.preflight.guard import find_class
 from ..models.backbones.rl_backbone import NAMED
 from ..replacement import set_step_
 from ..replacement.flops import count_flops
@@ -170,12 +172,12 @@ def _build(cfg: Config, settings: Mapping[str, Any]) -> nn.Module:
     """The config's backbone with other settings, with random weights."""
     given = copy.deepcopy(Config(dict(backbone=backbone_cfg(cfg))).to_dict()['backbone'])
     given = {key: value for key, value in given.items() if key not in SETTINGS} | dict(init_cfg=None)
-    if given.get('norm_cfg', {}).get('type') in ('SyncBN', 'MMSyncBN'):
+    if type_name(given.get('norm_cfg') or {}) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm'):
         given['norm_cfg'] = dict(given['norm_cfg'], type='BN')
-    kind = MODELS.get(given['type']) if isinstance(given['type'], str) else given['type']
+    kind = find_class(MODELS, given['type'])
     if kind in NAMED:
         given['type'] = NAMED[kind].__name__
-    elif settings and not (isinstance(given['type'], str) and 'RL' in given['type']):
+    elif settings and not (type_name(given) or '').startswith('RL'):
         given = dict({key: value for key, value in given.items() if key != 'type'}, type='RLBackbone',
                      backbone=given['type'])
     return build_model(Config(dict(model=given | copy.deepcopy(dict(settings)),

@@ -9,7 +9,8 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, Registry
 
-from ..engine.config import nested_dicts
+from ..engine.config import add_import_, nested_dicts
+from ..engine.preflight.guard import find_class
 from ..engine.search import found_config
 from ..models.backbones import TimmBackbone, build_rl_backbone
 from ..models.backbones.replacement_mixin import ReplacementMixin
@@ -38,14 +39,16 @@ def plain_config(cfg: Config) -> tuple[Config, list[str]]:
     for name in SETTINGS:  # that the recipes in configs/_base_ have at the top
         cfg.pop(name, None)
     cfg.model = _plain(cfg.model)
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _is_ours(_class_of(HOOKS, hook['type']))]
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _is_ours(find_class(HOOKS, hook['type']))]
     for node, key, registry in (((cfg.get('default_hooks') or {}).get('checkpoint') or {}, 'type', HOOKS),
                                 (cfg.get('optim_wrapper') or {}, 'constructor', OPTIM_WRAPPER_CONSTRUCTORS)):
         if node.get(key):
             node[key] = _extended(registry, node[key])
     types = {str(node.get('type')).rpartition('.')[2] for node in nested_dicts(cfg.to_dict())}
     needs = sorted(types & _names_of_ours())
-    _set_import_(cfg, bool(needs))
+    _drop_import_(cfg)
+    if needs:
+        add_import_(cfg)
     return cfg, needs
 
 
@@ -56,7 +59,7 @@ def _plain(node: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     node = {key: _plain(value) for key, value in node.items()}
-    cls = _class_of(MODELS, node.get('type'))
+    cls = find_class(MODELS, node.get('type'))
     is_class = isinstance(cls, type) and issubclass(cls, (ReplacementMixin, TimmBackbone))
     if not is_class and cls is not build_rl_backbone:
         return node
@@ -77,18 +80,13 @@ def _plain(node: Any) -> Any:
 
 def _extended(registry: Registry, kind: str | type) -> str | type:
     """The name of the registered type that one of ours extends; any other type as it is."""
-    cls = _class_of(registry, kind)
+    cls = find_class(registry, kind)
     bases = cls.__mro__ if isinstance(cls, type) and _is_ours(cls) else ()
     base = next((base for base in bases if not _is_ours(base) and registry.get(base.__name__) is base), None)
     if base is None:
         return kind
     scope = kind.rpartition('.')[0] if isinstance(kind, str) else PACKAGE
     return '.'.join(filter(None, (base.__module__ if scope.startswith(PACKAGE) else scope, base.__name__)))
-
-
-def _class_of(registry: Registry, kind: Any) -> Any:
-    """What a config's ``type`` stands for."""
-    return registry.get(kind) if isinstance(kind, str) else kind
 
 
 def _is_ours(item: Any) -> bool:
@@ -102,11 +100,10 @@ def _names_of_ours() -> set[str]:
     return {name for registry in registries for name, item in registry.module_dict.items() if _is_ours(item)}
 
 
-def _set_import_(cfg: Config, needed: bool) -> None:
-    """Let a config import rl_mmdet, or not."""
-    imports = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
-    names = [imports['imports']] if isinstance(imports['imports'], str) else imports['imports']
-    names = [name for name in names if name.partition('.')[0] != PACKAGE] + [PACKAGE] * needed
-    cfg.pop('custom_imports', None)
+def _drop_import_(cfg: Config) -> None:
+    """Let a config no longer import rl_mmdet."""
+    imports = cfg.pop('custom_imports', None)
+    names = imports['imports'] if imports else []
+    names = [name for name in ([names] if isinstance(names, str) else names) if name.partition('.')[0] != PACKAGE]
     if names:
         cfg.custom_imports = dict(imports, imports=names)

@@ -1,6 +1,6 @@
 """MMEngine's side of Replacement Learning: configs and their checks, checkpoints, hooks, optimizers."""
 from .checkpoint import load_checkpoint_
-from .config import add_rl_defaults_, load_config
+from .config import add_import_, add_rl_defaults_, load_config
 from .errors import NonFiniteLossError, UserError
 from .hooks import (
     FiniteLossHook,
@@ -24,8 +24,8 @@ from .search import take_found_
 __all__ = [
     'FiniteLossHook', 'FitOutputsHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
     'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'ResumeHook',
-    'SearchHook', 'UserError', 'WholeCheckpointHook', 'add_rl_defaults_', 'begin_or_resume_', 'build_model',
-    'build_runner', 'check_testing', 'check_training', 'checkpoints_in', 'inspect_training', 'load_checkpoint_',
-    'load_config', 'read_checkpoint', 'resume_checkpoint', 'run_tool', 'safe_reading', 'saved_when_stopped',
-    'take_found_', 'write_new_configs',
+    'SearchHook', 'UserError', 'WholeCheckpointHook', 'add_import_', 'add_rl_defaults_', 'begin_or_resume_',
+    'build_model', 'build_runner', 'check_testing', 'check_training', 'checkpoints_in', 'inspect_training',
+    'load_checkpoint_', 'load_config', 'read_checkpoint', 'resume_checkpoint', 'run_tool', 'safe_reading',
+    'saved_when_stopped', 'take_found_', 'write_new_configs',
 ]

@@ -4,16 +4,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
-from mmengine.hooks import CheckpointHook
 from mmengine.hub import get_config
 from mmengine.registry import Registry
 
 from ..replacement import PLANS
+from ..replacement.registry import class_of
 from ..search import TRANSFERS
 from .errors import UserError, first_line
 
 LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
-CONSTRUCTOR = 'RLOptimWrapperConstructor'
+CONSTRUCTORS = {None: 'RLOptimWrapperConstructor', 'DefaultOptimWrapperConstructor': 'RLOptimWrapperConstructor',
+                'LearningRateDecayOptimizerConstructor': 'RLLearningRateDecayOptimizerConstructor'}
+"""What stands in the place of MMEngine's and MMDetection's optimizer-wrapper constructors."""
 KINDS = {
     (Mapping,): ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg', 'val_cfg', 'test_cfg',
                  'optim_wrapper', 'default_hooks', 'randomness', 'env_cfg', 'auto_scale_lr', 'visualizer',
@@ -29,7 +31,7 @@ KINDS = {
 
 def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: str | None = None,
                 launcher: str = 'none') -> Config:
-    """Read a config file, apply ``--cfg-options`` and settle the work dir.
+    """Read a config file, apply ``--cfg-options`` and settle the work dir and the scope, ``mmdet`` without another one.
 
     ``data_root=DIR`` among the options moves the whole config there: every dataset and evaluator path that began
     with the config's own ``data_root`` begins with ``DIR`` afterwards.
@@ -46,6 +48,7 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
     """
     try:
         cfg = get_config(path) if '::' in path else Config.fromfile(path)
+        _settle_types_(cfg)
     except Exception as error:  # mmengine raises whatever the config's own Python code raises
         raise UserError(f'config {path}: {first_line(error)}') from error
     old_root = cfg.get('data_root')
@@ -63,6 +66,7 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
     if cfg.get('launcher') not in (None, 'none', 'pytorch', 'slurm', 'mpi'):
         raise UserError(f'launcher: the option --launcher says it; the config has {cfg.launcher!r}')
     cfg.launcher = launcher
+    cfg.default_scope = cfg.get('default_scope', 'mmdet')
     cfg.work_dir = work_dir or cfg.get('work_dir') or osp.join('work_dirs', osp.splitext(osp.basename(path))[0])
     return cfg
 
@@ -72,21 +76,22 @@ def add_rl_defaults_(cfg: Config) -> Config:
 
     Every config gets ``FiniteLossHook`` and ``ResumeHook``, and ``WholeCheckpointHook`` for MMEngine's hook. One with a
     ``replacement`` also gets ``FitOutputsHook``, ``RecalibrateNormsHook``, ``LearningStepsHook``,
-    ``LogCoefficientsHook``, and ``RLOptimWrapperConstructor`` in place of MMEngine's default constructor; another
-    constructor stays. One that searches gets ``SearchHook``, and where it searches for a plan DDP is told that a step
-    doesn't use all parameters.
+    ``LogCoefficientsHook``, and our constructors in place of MMEngine's default one and MMDetection's for layer
+    decay; another constructor stays. One that searches gets ``SearchHook``, and where it searches for a plan DDP is
+    told that a step doesn't use all parameters.
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook', 'ResumeHook']
     if uses_replacement(cfg):
         wanted += ['FitOutputsHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
         wrapper = cfg.get('optim_wrapper')
-        if wrapper is not None and wrapper.get('constructor') in (None, 'DefaultOptimWrapperConstructor'):
-            wrapper.constructor = CONSTRUCTOR
+        constructor = wrapper and CONSTRUCTORS.get(type_name(wrapper.get('constructor')))
+        if constructor:
+            wrapper.constructor = constructor
     checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-    if checkpoint.get('type') in ('CheckpointHook', CheckpointHook):
+    if type_name(checkpoint) == 'CheckpointHook':
         checkpoint.type = 'WholeCheckpointHook'
-    present = {hook.get('type') for hook in hooks if isinstance(hook, Mapping)}
+    present = {type_name(hook) for hook in hooks if isinstance(hook, Mapping)}
     cfg.custom_hooks = hooks + [ConfigDict(type=name) for name in wanted if name not in present]
     keys = [key for _, key in searches_of(cfg)]
     if keys and 'SearchHook' not in present:
@@ -95,6 +100,20 @@ def add_rl_defaults_(cfg: Config) -> Config:
     if 'plan' in keys:
         set_unused_(cfg, True)
     return cfg
+
+
+def add_import_(cfg: Config) -> list[str]:
+    """Let the config import ``rl_mmdet``, so that the one that a run leaves can be read without our tools.
+
+    Returns:
+        A text for the log if it didn't yet.
+    """
+    imports = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
+    names = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
+    if any(name.partition('.')[0] == 'rl_mmdet' for name in names):
+        return []
+    cfg.custom_imports = ConfigDict(imports, imports=[*names, 'rl_mmdet'])
+    return ["custom_imports: 'rl_mmdet' is added in the work dir's config; other tools need it in yours, too"]
 
 
 def uses_replacement(cfg: Config) -> bool:
@@ -125,11 +144,35 @@ def nested_dicts(node: Any) -> Iterator[Mapping]:
             yield from nested_dicts(child)
 
 
+def type_name(setting: Any) -> str | None:
+    """The name of a setting's type, or of a type itself, without scope and module; None if it has none.
+
+    New-style configs have classes there, and what MMEngine makes of them in a dumped config: ``'mmdet.models.ResNet'``.
+    """
+    kind = setting.get('type') if isinstance(setting, Mapping) else setting
+    return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', None)
+
+
 def _searches(setting: Any, registry: Registry) -> bool:
     """Whether a setting's type is one that is learned during training."""
-    kind = setting.get('type') if isinstance(setting, Mapping) else None
-    kind = registry.get(kind) if isinstance(kind, str) else kind
-    return bool(getattr(kind, 'searches', False))
+    return isinstance(setting, Mapping) and getattr(class_of(registry, setting.get('type')), 'searches', False)
+
+
+def _settle_types_(cfg: Config) -> None:
+    """Import the types of a new-style config, and leave out what else it imports; an ImportError if that fails.
+
+    A dumped config has its classes by module and name. That doesn't do for weights to load, and for MMCV's ``nms`` and
+    RoI layers: MMEngine, MMCV and MMDetection know these only by the names that old-style configs have.
+    """
+    for name in set(cfg) - set(cfg.to_dict()):
+        dict.pop(cfg._cfg_dict, name)  # ConfigDict's own would import it
+    for node in nested_dicts(cfg._cfg_dict):
+        kind, name = node.get('type'), type_name(node)
+        module = kind if isinstance(kind, str) else str(getattr(kind, '__module__', ''))
+        if name == 'PretrainedInit':
+            node['type'] = 'Pretrained'
+        elif module.startswith('mmcv.ops.') and (name.islower() or 'RoI' in name):
+            node['type'] = name
 
 
 def _move_data_root_(cfg: Config, old: str | None, new: str) -> None:

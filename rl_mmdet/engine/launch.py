@@ -38,9 +38,10 @@ def _start_cpu_processes_(cfg: Config) -> None:
     """Join torchrun's processes on a machine without GPU; MMEngine's own way asks for CUDA devices."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
-    wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
-                   find_unused_parameters=cfg.get('find_unused_parameters', False))
-    cfg.model_wrapper_cfg = ConfigDict(wrapper | dict(cfg.get('model_wrapper_cfg') or {}) | dict(device_ids=None))
+    wrapper = ConfigDict(type='MMDistributedDataParallel', broadcast_buffers=False,
+                         find_unused_parameters=cfg.get('find_unused_parameters', False))
+    wrapper.update(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
+    cfg.model_wrapper_cfg = wrapper
 
 
 def run_tool(main: Callable[[Namespace], None], args: Namespace) -> None:

@@ -14,10 +14,11 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from ..models.backbones.rl_backbone import NAMED
-from .config import add_rl_defaults_, load_config, nested_dicts, uses_replacement
+from .config import add_import_, add_rl_defaults_, load_config, nested_dicts, type_name, uses_replacement
 from .errors import UserError, first_line
 from .files import check_new_file, write_text
 from .preflight import build_model
+from .preflight.guard import find_class
 
 EXAMPLE = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 STEPS, MOST_EPOCHS = 5000, 100
@@ -48,6 +49,8 @@ def write_new_configs(base: str, train: str, val: str, images: Sequence[str] = (
     The baseline has the data's classes, files and image folders, a learning rate for its batch size, and for small
     sets more epochs. The RL config has nothing but the replaced backbone and what its training needs.
 
+    A base in MMEngine's new style is written out in full, as other configs can't inherit it.
+
     Args:
         base: config of a COCO detector, as :func:`load_config` takes it.
         train, val: COCO annotation files with the same categories.
@@ -76,9 +79,11 @@ def write_new_configs(base: str, train: str, val: str, images: Sequence[str] = (
     remarks, steps = _set_schedule_(baseline, len(data[0].files))
     rl = _replaced(baseline, steps)
     os.makedirs(out, exist_ok=True)
-    for file, parent, old, new in ((files[0], base if '::' in base else osp.relpath(base, out), cfg, baseline),
-                                   (files[1], osp.basename(files[0]), baseline, rl)):
-        write_text(file, f'_base_ = {parent!r}\n{Config(_difference(old, new)).pretty_text}')
+    first = base if '::' in base else osp.relpath(base, out)
+    if not all(isinstance(node.get('type', ''), str) for node in nested_dicts(cfg._cfg_dict)):
+        first, cfg = [], Config()  # MMEngine's new style, which can't be a base of these
+    for file, parent, old, new in ((files[0], first, cfg, baseline), (files[1], osp.basename(files[0]), baseline, rl)):
+        write_text(file, f'_base_ = {parent!r}\n{Config(_difference(old.to_dict(), new.to_dict())).pretty_text}')
     return NewConfigs(*files, remarks)
 
 
@@ -126,9 +131,9 @@ def _check_base(cfg: Config, masks: bool) -> None:
         raise UserError('--base: it has a replacement already; give the config of an ordinary detector')
     for phase in ('train', 'val', 'test'):
         nodes, evaluator = _datasets(cfg, phase), cfg.get(f'{phase}_evaluator')
-        if [node.get('type') for node in nodes] not in (['CocoDataset'], [CocoDataset]):
+        if [type_name(node) for node in nodes] != ['CocoDataset']:
             raise UserError(f'--base: {phase}_dataloader must have one CocoDataset, got '
-                            f'{[node.get("type") for node in nodes]}; take a config for COCO, such as {EXAMPLE}')
+                            f'{[type_name(node) for node in nodes]}; take a config for COCO, such as {EXAMPLE}')
         if phase != 'train' and not (isinstance(evaluator, Mapping) and 'ann_file' in evaluator):
             raise UserError(f'--base: {phase}_evaluator must be one CocoMetric with an ann_file, as in {EXAMPLE}')
     if 'segm' in cfg.val_evaluator.get('metric', 'bbox') and not masks:
@@ -198,14 +203,14 @@ def _set_schedule_(cfg: Config, images: int) -> tuple[list[str], int | None]:
 def _replaced(baseline: Config, steps: int | None) -> Config:
     """The baseline with Replacement Learning: the best recipe of those known that its backbone takes."""
     backbone = baseline.model.backbone
-    kind = MODELS.get(backbone.type) if isinstance(backbone.type, str) else backbone.type
+    kind = find_class(MODELS, backbone.type)
     named = dict(type=NAMED[kind].__name__) if kind in NAMED else dict(type='RLBackbone', backbone=backbone.type)
     fitted: dict[str, Any] = {}
-    if (backbone.get('init_cfg') or {}).get('type') == 'Pretrained' or baseline.get('load_from'):
+    if type_name(backbone.get('init_cfg')) == 'Pretrained' or baseline.get('load_from'):
         fitted = dict(TO_FIT, start=dict(type='FitOutputs', fade=min(1000, (steps or STEPS) // 5)))
     for k, settings in ((4, fitted), (2, fitted), (2, {})):  # short stages have no 4th block
         cfg = deepcopy(baseline)
-        cfg.custom_imports = dict(imports=['rl_mmdet'], allow_failed_imports=False)
+        add_import_(cfg)
         cfg.model.backbone.update(named, replacement=dict(plan=dict(type='EveryKth', k=k), **settings))
         try:
             build_model(deepcopy(cfg))

@@ -1,4 +1,5 @@
 """The optimizer-wrapper constructors for models with computing layers."""
+from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
@@ -30,6 +31,14 @@ class RLOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for layer in layers:
             layer.undecayed = True
         return wrapper
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class RLLearningRateDecayOptimizerConstructor(RLOptimWrapperConstructor, LearningRateDecayOptimizerConstructor):
+    """MMDetection's layer decay for ConvNeXt, but without weight decay on the fusions' parameters.
+
+    MMDetection's class takes those of a fusion that has several pairs for weights, which are decayed.
+    """
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

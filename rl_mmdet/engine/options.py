@@ -6,6 +6,7 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
+from .config import type_name
 from .errors import UserError
 
 
@@ -14,7 +15,7 @@ def enable_amp_(cfg: Config) -> None:
     if get_device() in ('cpu', 'mps'):
         raise UserError('--amp: MMEngine\'s AmpOptimWrapper needs a GPU, and none is found here; leave it out')
     wrapper = cfg.get('optim_wrapper')
-    if wrapper is None or wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
+    if wrapper is None or type_name(wrapper) not in (None, 'OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(f'--amp: optim_wrapper.type must be OptimWrapper, got {wrapper and wrapper.type!r}')
     wrapper.type = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
@@ -46,11 +47,12 @@ def enable_tta_(cfg: Config) -> None:
         while 'dataset' in dataset:
             dataset = dataset['dataset']
         meta = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
-        flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
+        flips = [dict(type='mmdet.RandomFlip', prob=1.), dict(type='mmdet.RandomFlip', prob=0.)]
         cfg.tta_pipeline = deepcopy(dataset.pipeline)
-        cfg.tta_pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [dict(type='PackDetInputs',
+        cfg.tta_pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [dict(type='mmdet.PackDetInputs',
                                                                                  meta_keys=meta)]])
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    model, cfg.model = cfg.model, cfg.tta_model
+    cfg.model.module = model
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
 
 
@@ -59,5 +61,5 @@ def dump_predictions_(cfg: Config, path: str) -> None:
     if not path.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {path}: must end in .pkl or .pickle')
     evaluators = cfg.get('test_evaluator') or []
-    dump = ConfigDict(type='DumpDetResults', out_file_path=path)
+    dump = ConfigDict(type='mmdet.DumpDetResults', out_file_path=path)
     cfg.test_evaluator = [*(evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]), dump]

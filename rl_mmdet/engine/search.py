@@ -10,7 +10,7 @@ from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from torch import nn
 
 from ..search import LearnedPlan, searched_setting
-from .config import searches_of, set_unused_
+from .config import searches_of, set_unused_, type_name
 from .errors import UserError
 from .reading import read_checkpoint
 
@@ -46,11 +46,10 @@ def check_search(cfg: Config, model: nn.Module) -> None:
     setting = searched_setting(searched[1])
     loop, wrapper = cfg.get('train_cfg') or {}, cfg.get('model_wrapper_cfg') or {}
     _check_length(setting, loop)
-    kind = wrapper.get('type', 'MMDistributedDataParallel')
-    if cfg.get('runner_type', 'Runner') != 'Runner' or kind != 'MMDistributedDataParallel':
-        raise UserError(f'{setting}: a search runs in one process or under DDP, not with '
-                        f'{cfg.get("runner_type") or kind}; search with MMEngine\'s Runner, then train what it finds '
-                        'with any')
+    for kind, allowed in ((cfg.get('runner_type'), 'Runner'), (wrapper, 'MMDistributedDataParallel')):
+        if type_name(kind) not in (None, allowed):
+            raise UserError(f'{setting}: a search runs in one process or under DDP, not with {type_name(kind)}; search '
+                            'with MMEngine\'s Runner, then train what it finds with any')
     if not isinstance(setting, LearnedPlan):
         return
     if cfg.get('compile'):
@@ -90,9 +89,9 @@ def set_found_(cfg: Config, found: Mapping[str, Any]) -> None:
             node[key] = deepcopy(dict(found[key]))
     hooks = cfg.get('custom_hooks') or []
     for hook in hooks:
-        if hook.get('type') == 'SearchHook':
+        if type_name(hook) == 'SearchHook':
             set_unused_(cfg, hook.get('find_unused_parameters', False))
-    cfg.custom_hooks = [hook for hook in hooks if hook.get('type') != 'SearchHook']
+    cfg.custom_hooks = [hook for hook in hooks if type_name(hook) != 'SearchHook']
 
 
 def found_config(cfg: Config) -> Config:

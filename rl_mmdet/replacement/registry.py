@@ -35,10 +35,16 @@ def build_setting(registry: Registry, cfg: Any, default: str, setting: str = '')
         raise TypeError(f'{setting} must be a dict such as dict(type={default!r}), got {cfg!r}')
     arguments = dict(cfg)
     name = arguments.pop('type', default)
-    cls = name if name in classes.values() else classes.get(name)
+    cls = class_of(registry, name)
     if cls is None:
         raise ValueError(f'{setting}: unknown type {name!r}; allowed: {", ".join(sorted(classes))}')
     return call_checked(cls, arguments, setting)
+
+
+def class_of(registry: Registry, kind: Any) -> type | None:
+    """The registered class that a ``type`` means: its name, also with scope or module in front, or the class itself."""
+    name = kind.rpartition('.')[2] if isinstance(kind, str) else None
+    return next((cls for key, cls in registry.module_dict.items() if kind is cls or name in (key, cls.__name__)), None)
 
 
 def call_checked(cls: Callable, arguments: dict, setting: str) -> Any:

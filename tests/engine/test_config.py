@@ -2,7 +2,7 @@
 import pytest
 from mmengine.config import Config
 
-from rl_mmdet.engine import UserError, add_rl_defaults_, load_config
+from rl_mmdet.engine import UserError, add_import_, add_rl_defaults_, load_config
 
 
 @pytest.fixture
@@ -69,3 +69,18 @@ def test_defaults_are_added_once_to_what_needs_them(replacement, given, hooks, c
         assert [hook.type for hook in cfg.custom_hooks] == hooks
         assert cfg.optim_wrapper.constructor == constructor
         assert cfg.default_hooks.checkpoint == dict(type='WholeCheckpointHook', interval=2)
+
+
+@pytest.mark.parametrize('prefix', ['mmdet.', 'rl_mmdet.engine.hooks.'])
+def test_a_hook_that_is_named_with_its_scope_or_module_is_there(prefix):
+    cfg = Config(dict(model=dict(), custom_hooks=[dict(type=f'{prefix}FiniteLossHook')]))
+    assert [hook.type for hook in add_rl_defaults_(cfg).custom_hooks] == [f'{prefix}FiniteLossHook', 'ResumeHook']
+
+
+@pytest.mark.parametrize(('given', 'names'), [
+    (None, ['rl_mmdet']), ('mine', ['mine', 'rl_mmdet']), (['rl_mmdet.models', 'mine'], ['rl_mmdet.models', 'mine'])])
+def test_a_config_imports_what_its_types_are_registered_by(given, names):
+    cfg = Config(dict(custom_imports=given and dict(imports=given, allow_failed_imports=False)))
+    texts = add_import_(cfg)
+    assert cfg.custom_imports == dict(imports=names if texts else given, allow_failed_imports=False)
+    assert len(texts) == (given is None or given == 'mine') and add_import_(cfg) == []

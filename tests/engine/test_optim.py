@@ -1,10 +1,12 @@
 """No weight decay on the fusions' parameters, and rates that fall from layer to layer; all else as MMEngine's."""
 import pytest
 import torch
+from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
 from rl_mmdet.engine import RLLayerDecayOptimWrapperConstructor, RLOptimWrapperConstructor
+from rl_mmdet.engine.optim import RLLearningRateDecayOptimizerConstructor
 from rl_mmdet.replacement import computing_layers, replace_blocks_
 
 WRAPPER = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=.1, weight_decay=.05))
@@ -50,6 +52,20 @@ def test_only_what_fusions_learn_takes_no_weight_decay(toy_net, constructor, rep
            for key, _ in layer.named_parameters(recurse=False)}
     assert set(decays) == {name for name, _ in model.named_parameters()}
     assert {name for name, decay in decays.items() if decay == 0.} == own
+
+
+class ConvNeXt(nn.Module):
+    """MMDetection's layer decay asks for this name."""
+
+
+def test_mmdetections_layer_decay_spares_a_fusion_with_many_pairs(toy_net):
+    model = Net(toy_net(), dict(REPLACEMENT, fusion=dict(type='ChannelFusion')))
+    model.backbone.__class__ = ConvNeXt
+    ours, theirs = ({setting: by_parameter(kind(dict(WRAPPER), dict(num_layers=6, decay_rate=.7)), model, setting)
+                     for setting in ('weight_decay', 'lr')} for kind in (
+        RLLearningRateDecayOptimizerConstructor, LearningRateDecayOptimizerConstructor))
+    own = {f'{name}.coeff': 0. for name in computing_layers(model)}
+    assert ours == dict(lr=theirs['lr'], weight_decay=theirs['weight_decay'] | own) != theirs
 
 
 @pytest.mark.parametrize('paramwise_cfg', [None, dict(norm_decay_mult=0., custom_keys={'head': dict(lr_mult=.1)})])

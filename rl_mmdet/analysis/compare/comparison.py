@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mmdet.registry import DATASETS
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from torch.utils.data import Dataset
 
 from ...engine import UserError, add_rl_defaults_, inspect_training, load_config
-from ...engine.config import uses_replacement
+from ...engine.config import add_import_, uses_replacement
 from ...engine.files import write_text
 from ...engine.preflight import prepare_files
 from .same_question import check_same_question, coco_evaluator, differing, metrics_of
@@ -208,10 +208,7 @@ def _load(variant: Variant) -> Config:
     except UserError as error:
         raise UserError(f'{variant.name}: {error}') from error
     if uses_replacement(cfg):
-        imports = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
-        names = [imports['imports']] if isinstance(imports['imports'], str) else list(imports['imports'])
-        if 'rl_mmdet' not in names:
-            cfg.custom_imports = ConfigDict(imports, imports=[*names, 'rl_mmdet'])
+        add_import_(cfg)
     return cfg
 
 

@@ -205,8 +205,8 @@ def _val_config(comparison: Comparison, run: Run) -> Config:
     cfg = comparison.config(run.variant)
     cfg.test_dataloader = cfg.val_dataloader
     cfg.test_cfg = dict(cfg.get('val_cfg') or {}, type='TestLoop')
-    cfg.test_evaluator = dict(type='CocoMetric', ann_file=str(comparison.annotations()), metric=comparison.metrics(),
-                              format_only=True, outfile_prefix=str(run.folder / 'detections'))
+    cfg.test_evaluator = dict(type='mmdet.CocoMetric', ann_file=str(comparison.annotations()), format_only=True,
+                              metric=comparison.metrics(), outfile_prefix=str(run.folder / 'detections'))
     return cfg
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from ...engine import UserError
+from ...engine.config import type_name
 from .coco_scores import METRICS
 
 OF_NO_MATTER = ('pipeline', 'backend_args', 'palette', 'lazy_init', 'serialize_data', '_scope_')
@@ -46,7 +47,7 @@ def coco_evaluator(cfg: Config) -> ConfigDict:
     if cfg.get('val_dataloader') is None or cfg.get('val_evaluator') is None:
         raise UserError('val_dataloader and val_evaluator are needed: without a val set there is no AP to compare')
     evaluators = cfg.val_evaluator if isinstance(cfg.val_evaluator, (list, tuple)) else [cfg.val_evaluator]
-    found = [each for each in evaluators if each.get('type') in ('CocoMetric', 'mmdet.CocoMetric')]
+    found = [each for each in evaluators if type_name(each) == 'CocoMetric']
     if not found:
         raise UserError(f'val_evaluator must be a CocoMetric, got {", ".join(str(e.get("type")) for e in evaluators)}')
     return found[0]
@@ -72,6 +73,7 @@ def _flat(node: Any, ignore: Sequence[str], key: str = '') -> Iterator[tuple[str
     if isinstance(node, Mapping):
         for name, value in node.items():
             if name not in ignore:
+                value = type_name(value) if name == 'type' else value
                 yield from _flat(value, ignore, f'{key}.{name}' if key else name)
     else:
         yield key, list(node) if isinstance(node, tuple) else node

@@ -12,6 +12,7 @@ from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 
 from ...engine import UserError, build_model, load_checkpoint_, take_found_
+from ...engine.config import type_name
 from ...engine.preflight.guard import quiet
 from ...engine.preflight.model import pretrained_inits
 from ...engine.search import searched_module
@@ -25,6 +26,7 @@ WORKERS = ('prefetch_factor', 'timeout', 'multiprocessing_context')
 """Settings of a data loader that make no sense without worker processes."""
 AMP = ('loss_scale', 'dtype', 'use_fsdp')
 """Settings of an optimizer wrapper that only one for mixed precision has."""
+SYNCHRONISED = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
 SCALING = 20
 """Most steps that a dynamic loss scale may need to come down to where the gradients are finite."""
 
@@ -49,7 +51,7 @@ class Subject:
 
     def _build_optim(self, cfg: Config) -> OptimWrapper:
         settings = dict(copy.deepcopy(cfg.optim_wrapper), accumulative_counts=1)
-        if settings.get('type') in ('AmpOptimWrapper', AmpOptimWrapper) and self.device.type == 'cpu':
+        if type_name(settings) == 'AmpOptimWrapper' and self.device.type == 'cpu':
             settings = {key: value for key, value in settings.items() if key not in AMP} | dict(type='OptimWrapper')
         wrapper = build_optim_wrapper(self.model, settings)
         for group in wrapper.optimizer.param_groups:
@@ -134,7 +136,7 @@ def _alone(node: Any) -> Any:
     """A copy of a config value with BatchNorm for one process."""
     if isinstance(node, Mapping):
         own = {key: _alone(value) for key, value in node.items()}
-        return own | (dict(type='BN') if own.get('type') in ('SyncBN', 'MMSyncBN') else {})
+        return own | (dict(type='BN') if type_name(own) in SYNCHRONISED else {})
     return type(node)(map(_alone, node)) if isinstance(node, (list, tuple)) else node
 
 

@@ -26,6 +26,8 @@ class RecalibrateNormsHook(Hook):
         ValueError: ``num_batches`` below 1.
     """
 
+    priority = 'BELOW_NORMAL'  # after MeanTeacherHook, which gives the teacher the student's weights
+
     def __init__(self, num_batches: int = 20) -> None:
         self.num_batches = check_number('RecalibrateNormsHook: num_batches', num_batches, whole=True, least=1)
 

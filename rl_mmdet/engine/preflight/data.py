@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ...datasets import DigitScenesDataset
-from ..config import nested_dicts
+from ..config import nested_dicts, type_name
 from ..errors import UserError
 from .annotations import INSTANCE_KEYS, check_annotations, cut, read_annotations
 from .guard import find_class, named, reason_of
@@ -37,7 +37,7 @@ def check_data(cfg: Config, phase: str) -> None:
             _check_path(osp.join(root, node['ann_file']), osp.isfile, f'{phase}_dataloader.dataset.ann_file')
         if 'ann_file' in node and isinstance(prefix, Mapping) and prefix.get('img'):
             _check_path(osp.join(root, prefix['img']), osp.isdir, f'{phase}_dataloader.dataset.data_prefix.img')
-        if node.get('type') in IMAGE_FOLDERS and not isinstance(prefix, Mapping):
+        if type_name(node) in IMAGE_FOLDERS and not isinstance(prefix, Mapping):
             _check_path(osp.join(root, prefix or node.get('split') or ''), osp.isdir,
                         f'{phase}_dataloader.dataset.data_root')
     for node in nested_dicts(cfg.get(f'{phase}_evaluator') or {}):
@@ -155,7 +155,7 @@ def _check_content(path: str, content: Mapping[str, Any], node: Mapping[str, Any
         check_annotations(path, content, classes if boxes and not isinstance(classes, str) else None,
                           keys if boxes else ())
     folder = osp.join(node.get('data_root') or '', prefix.get('img') or '')
-    types = {one.get('type') for one in nested_dicts(node.get('pipeline') or [])}
+    types = {type_name(one) for one in nested_dicts(node.get('pipeline') or [])}
     if '://' not in folder and 'LoadImageFromFile' in types:
         images = content['images']
         for image in images[::len(images) // LOOKED_AT + 1]:
@@ -177,7 +177,7 @@ def _check_image(file: str, path: str) -> None:
 
 
 def _is_digit_scenes(node: Mapping[str, Any]) -> bool:
-    return node.get('type') in (DigitScenesDataset, DigitScenesDataset.__name__)
+    return type_name(node) == DigitScenesDataset.__name__
 
 
 def _check_path(path: str, exists: Callable[[str], bool], setting: str) -> None:

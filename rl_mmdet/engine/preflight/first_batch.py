@@ -2,6 +2,7 @@
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
-from ..config import nested_dicts
+from ..config import nested_dicts, type_name
 from ..errors import UserError
 from .data import Lengthened, SmallData
 from .guard import ELSEWHERE, find_class, parameters_of, quiet, reason_of
@@ -56,7 +57,7 @@ def small_loader(cfg: Config, setting: str, small: SmallData, side: int | None =
         built[0]
         settings['dataset'] = Lengthened(built, small.scale)
     else:
-        if (settings.get('sampler') or {}).get('type') not in SAMPLERS or settings.get('batch_sampler'):
+        if type_name(settings.get('sampler')) not in SAMPLERS or settings.get('batch_sampler'):
             return DataLoader(range(1000))
         settings['dataset'] = range(1000)
     loader = Runner.build_dataloader(settings, seed=0)
@@ -67,7 +68,7 @@ def small_loader(cfg: Config, setting: str, small: SmallData, side: int | None =
 
 
 def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[dict, Any] | None:
-    """Show the detector two images of a phase.
+    """Show the detector two images of a phase; of several data sets in a row, two of the first and of the last.
 
     Returns:
         The batch, and the losses or the predictions; None if they can be had only where the run will be.
@@ -78,8 +79,9 @@ def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[di
     for side in SIDES:
         try:
             with quiet(), torch.no_grad():
-                loader = small_loader(Config(cfg._cfg_dict.to_dict()), f'{phase}_dataloader', small, side)
-                batch = loader.collate_fn([loader.dataset[0], loader.dataset[1]])
+                loader = small_loader(Config(deepcopy(cfg._cfg_dict)), f'{phase}_dataloader', small, side)
+                several = isinstance(loader.dataset.dataset, ConcatDataset)  # semi-supervised detectors want all kinds
+                batch = loader.collate_fn([loader.dataset[index] for index in (0, 1, *(-2, -1) * several)])
                 model.train(phase == 'train')
                 inputs = model.data_preprocessor(batch, phase == 'train')
                 return batch, model(**inputs, mode='loss' if phase == 'train' else 'predict')
@@ -119,7 +121,7 @@ def _resize_last_(node: Any, side: int) -> None:
     """Put a Resize in front of every PackDetInputs, in place."""
     if isinstance(node, list):
         for index in [index for index, one in enumerate(node) if isinstance(one, Mapping)
-                      and one.get('type') == 'PackDetInputs'][::-1]:
+                      and type_name(one) == 'PackDetInputs'][::-1]:
             node.insert(index, dict(type='mmdet.Resize', scale=(side, side), keep_ratio=False))
     for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ():
         _resize_last_(child, side)

@@ -18,6 +18,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import Registry
 from mmengine.visualization import Visualizer
 
+from ..config import type_name
 from ..errors import UserError
 
 T = TypeVar('T')
@@ -157,7 +158,7 @@ def _blame(cfg: Config, setting: str, build: Callable, error: Exception) -> str:
     unknown = re.search(r'(\S+) is not in the .*registry', reason)
     keyword = re.search(r"unexpected keyword argument '(\w+)'", reason)
     cls = _local(error, 'obj_cls')
-    places.sort(key=lambda place: _type_of(at(cfg, place[:-1])) != getattr(cls, '__name__', None))
+    places.sort(key=lambda place: type_name(at(cfg, place[:-1])) != type_name(cls))
     for place in places:
         if unknown and place[-1] == 'type' and at(cfg, place) == unknown[1]:
             registry = _local(error, 'registry')
@@ -189,12 +190,6 @@ def _culprit(cfg: Config, places: Iterable[tuple[str, ...]], build: Callable) ->
             continue
         return place
     return None
-
-
-def _type_of(node: Any) -> str | None:
-    """The name of a setting's type, without its scope."""
-    kind = node.get('type') if isinstance(node, Mapping) else None
-    return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', None)
 
 
 def _explains_itself(error: Exception) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ..config import nested_dicts
+from ..config import nested_dicts, type_name
 from ..errors import UserError
 from .guard import at, close, meant, places_in
 
@@ -48,7 +48,8 @@ def check_keys(cfg: Config) -> list[str]:
     model = cfg.get('model') or {}
     for key in cfg:
         of_model = key in OF_BACKBONES or key in model and key not in READ
-        if of_model and not any(key in node and node[key] == cfg[key] for node in nested_dicts(model)):
+        variable = type_name(cfg[key]) and type_name(cfg[key]) == type_name(model.get(key))  # such as semi's detector
+        if of_model and not variable and not any(key in node and node[key] == cfg[key] for node in nested_dicts(model)):
             raise UserError(f'{key}: nobody reads it here; write '
                             f'model=dict({f"backbone=dict({key}=...)" if key in OF_BACKBONES else f"{key}=..."})')
         if key in unread and close(key, READ - {'tta_model', 'tta_pipeline'}, .85):
@@ -82,7 +83,7 @@ def _check_values(cfg: Config) -> None:
         raise UserError('default_hooks.checkpoint.interval must be an integer of at least 1, or -1 for no checkpoints, '
                         'got 0')
     sampler = (cfg.get('train_dataloader') or {}).get('sampler') or {}
-    if sampler.get('type') == 'InfiniteSampler' and (cfg.get('train_cfg') or {}).get('by_epoch', 'max_epochs' in (
+    if type_name(sampler) == 'InfiniteSampler' and (cfg.get('train_cfg') or {}).get('by_epoch', 'max_epochs' in (
             cfg.get('train_cfg') or {})):
         raise UserError("train_dataloader.sampler.type='InfiniteSampler': an epoch would have no end; take "
                         "DefaultSampler, or train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=...)")

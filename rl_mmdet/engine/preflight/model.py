@@ -10,6 +10,7 @@ from torch import nn
 from ...models.layouts import take_wrapped_
 from ...replacement import computing_layers
 from ...replacement.start import LoadReport
+from ..config import type_name
 from ..errors import UserError
 from ..reading import safe_reading
 from .guard import built
@@ -69,7 +70,7 @@ def pretrained_inits(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]
     for name, module in model.named_modules():
         inits = getattr(module, 'init_cfg', None) or []
         for init in inits if isinstance(inits, (list, tuple)) else [inits]:
-            pretrained = isinstance(init, Mapping) and init.get('type') in ('Pretrained', 'PretrainedInit')
+            pretrained = isinstance(init, Mapping) and type_name(init) in ('Pretrained', 'PretrainedInit')
             if not isinstance(init, Mapping) or pretrained and not isinstance(init.get('checkpoint'), str):
                 raise UserError(f'model.{name}.init_cfg must be a dict such as dict(type=\'Pretrained\', '
                                 f'checkpoint=FILE), got {init!r}')

@@ -82,8 +82,10 @@ def fit_outputs_(model: nn.Module, batches: Sequence[Any], steps: int = 200, lr:
                 run(model, batch)
 
         found = fit_layers_(layers, batches, steps, lr, receive, reduce, track)
-    for layer in () if keep else layers.values():
-        layer.forget_block_()
+    for layer in layers.values():
+        layer.fit_wanted = False
+        if not keep:
+            layer.forget_block_()
     if stale:
         recalibrate_norms_(model, batches, lambda batch: run(model, batch), reduce)
     return found
@@ -190,9 +192,12 @@ def _call(layer: ComputingLayer, inputs: tuple[tuple, dict]) -> Any:
 
 @contextmanager
 def _ready_to_fit(model: nn.Module, layers: Mapping[str, ComputingLayer]) -> Iterator[None]:
-    """In eval mode, but for the layers' BatchNorms, and with layers that learn in every step."""
+    """In eval mode, but for the layers' BatchNorms, with layers that learn in every step, those of a teacher, too."""
     modes = [(module, module.training) for module in model.modules()]
     turns = [(layer, layer.turn) for layer in layers.values()]
+    frozen = [own for layer in layers.values() for own in layer.own_parameters().values() if not own.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     model.eval()
     for layer in layers.values():
         make_ready_to_fit_(layer)
@@ -203,6 +208,8 @@ def _ready_to_fit(model: nn.Module, layers: Mapping[str, ComputingLayer]) -> Ite
             module.training = mode
         for layer, turn in turns:
             layer.turn = turn
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def make_ready_to_fit_(layer: ComputingLayer) -> None:

@@ -78,6 +78,7 @@ def test_removed_blocks_fade_out_and_resuming_in_between_goes_on_as_if_nothing_h
     first = tmp_path / 'run' / 'epoch_1.pth'  # after 3 of 6 iterations
     assert list(torch.load(first, weights_only=False)['removed_blocks']) == [
         f'backbone.layer{name}' for name in ('1.1', '2.1', '3.1', '3.3', '4.1')]
+    assert 'this training lacks' not in log
     assert 'removed_blocks' not in torch.load(tmp_path / 'run' / 'epoch_2.pth', weights_only=False)
     resumed, _, log = trained(config(**more | dict(load_from=str(first), resume=True)))
     assert 'computing layers fitted' not in log

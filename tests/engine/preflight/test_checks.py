@@ -1,9 +1,11 @@
 """Mistakes are found before training, each with one clear line."""
+import copy
 import os
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import TRANSFORMS, DefaultScope
 
 from rl_mmdet.engine import (
     UserError,
@@ -13,6 +15,7 @@ from rl_mmdet.engine import (
     inspect_training,
     load_config,
 )
+from rl_mmdet.engine.options import enable_tta_
 
 BASELINE = 'atss_r34_fpn_digits.py'
 
@@ -126,3 +129,18 @@ def test_coupled_checkpointed_blocks_on_several_gpus_need_a_static_graph(tiny):
         inspect_training(tiny(text, launcher='pytorch'))
     text += "model_wrapper_cfg = dict(type='MMDistributedDataParallel', static_graph=True)"
     inspect_training(tiny(text, launcher='pytorch'))
+
+
+@pytest.mark.parametrize('scope', ['mmpretrain', 'nowhere'])
+def test_a_project_with_a_scope_of_its_own_passes_also_with_test_time_augmentation(check, parsed, scope):
+    assert check(dict(default_scope=scope))
+    cfg = copy.deepcopy(parsed)
+    enable_tta_(cfg)
+    with DefaultScope.overwrite_default_scope(scope):
+        transforms = TRANSFORMS.build(cfg.test_dataloader.dataset.pipeline[-1]).subroutines[0].transforms
+    assert [type(each).__module__.partition('.')[0] for each in transforms] == ['mmdet', 'mmdet']
+
+
+def test_a_variable_that_the_model_was_made_of_may_differ_from_it(check):
+    """As MMDetection's semi-supervised configs have a ``detector``, of which a child changes the model's copy."""
+    assert check(dict(neck=dict(type='FPN', in_channels=[1])))[-1] == 'settings that nobody reads: data_root, neck'
