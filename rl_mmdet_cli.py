@@ -6,6 +6,7 @@ time. That is why this lies outside the package: Python would import all of it, 
 import argparse
 import contextlib
 import io
+import os
 import runpy
 import sys
 import warnings
@@ -49,6 +50,7 @@ def main() -> None:
 
 def start(tool: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Import ``rl_mmdet``, without what other packages say about each other meanwhile, and run a tool's main."""
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # its warnings are for PyTorch's developers
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         from rl_mmdet import engine

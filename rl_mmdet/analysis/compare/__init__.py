@@ -1,7 +1,7 @@
 """Compare: does Replacement Learning pay, for this detector, on this data?"""
 from .carry_out import carry_out
 from .comparison import Comparison, parse_variants, plan_comparison
-from .contents import collect
+from .contents import Contents, collect
 from .runs import Tools
 
-__all__ = ['Comparison', 'Tools', 'carry_out', 'collect', 'parse_variants', 'plan_comparison']
+__all__ = ['Comparison', 'Contents', 'Tools', 'carry_out', 'collect', 'parse_variants', 'plan_comparison']

@@ -1,6 +1,7 @@
 """A comparison from its trainings to its report."""
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from .verdict import verdict
 
 
 def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool = True, measure_costs: bool = True,
-              allow_pickle: bool = False) -> None:
+              allow_pickle: bool = False, show: Callable[[Contents], None] | None = None) -> None:
     """Train what isn't trained yet, measure what isn't measured yet, and write the report on all that is there.
 
     Progress and a summary are shown in the terminal.
@@ -29,6 +30,7 @@ def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool
         train: False leaves trainings as they are.
         measure_costs: False leaves costs as they are.
         allow_pickle: see :func:`~rl_mmdet.engine.read_checkpoint`.
+        show: prints the summary; the report's own tables if left out.
 
     Raises:
         UserError: another process is at work in the folder, or a training or a measurement failed; it names which,
@@ -53,10 +55,13 @@ def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool
     except KeyboardInterrupt:
         say('start it again to go on from the last checkpoint')
         raise
-    for table in tables(contents):
-        console.print(rich_table(table))
-    console.print(verdict(contents), markup=False)
-    console.print(f'report: {report / "report.html"}', markup=False)
+    if show is None:
+        for table in tables(contents):
+            console.print(rich_table(table))
+        console.print(verdict(contents), markup=False)
+        console.print(f'report: {report / "report.html"}', markup=False)
+    else:
+        show(contents)
     _check_success(contents)
 
 
