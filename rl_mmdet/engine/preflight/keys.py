@@ -29,6 +29,8 @@ COUNTS = ('train_cfg.max_epochs', 'train_cfg.max_iters', 'train_cfg.val_interval
 """Settings that must be integers of at least 1."""
 CHOICES = {'style': ('pytorch', 'caffe'), 'nms.type': ('nms', 'soft_nms', 'nms_rotated', 'nms_quadri')}
 """What settings of a model may be; MMDetection takes other values for one of these, or stumbles much later."""
+ENDLESS = ('InfiniteSampler', 'MultiSourceSampler', 'GroupMultiSourceSampler')
+"""Samplers for training by iterations."""
 OF_TESTS = ('score_thr', 'nms', 'iou_threshold', 'max_per_img', 'max_per_image', 'nms_pre', 'min_bbox_size',
             'mask_thr_binary')
 """Settings of a model's ``test_cfg``, of which MMDetection looks for what it knows and leaves others alone."""
@@ -83,9 +85,9 @@ def _check_values(cfg: Config) -> None:
         raise UserError('default_hooks.checkpoint.interval must be an integer of at least 1, or -1 for no checkpoints, '
                         'got 0')
     sampler = (cfg.get('train_dataloader') or {}).get('sampler') or {}
-    if type_name(sampler) == 'InfiniteSampler' and (cfg.get('train_cfg') or {}).get('by_epoch', 'max_epochs' in (
+    if type_name(sampler) in ENDLESS and (cfg.get('train_cfg') or {}).get('by_epoch', 'max_epochs' in (
             cfg.get('train_cfg') or {})):
-        raise UserError("train_dataloader.sampler.type='InfiniteSampler': an epoch would have no end; take "
+        raise UserError(f'train_dataloader.sampler.type={type_name(sampler)!r}: an epoch would have no end; take '
                         "DefaultSampler, or train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=...)")
     for section in ('model', 'optim_wrapper', 'default_hooks', 'custom_hooks', 'train_dataloader', 'val_dataloader',
                     'env_cfg', 'auto_scale_lr'):
