@@ -48,17 +48,17 @@ param_scheduler = [dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin
 '''
 
 
-def write_data(root: Path) -> None:
-    """Six images with a box each, and the config as ``base.py``."""
+def write_data(root: Path, *names: str) -> None:
+    """Write six images with a box each, and annotation files of these names."""
     (root / 'images').mkdir()
     images = [dict(id=index, file_name=f'{index}.jpg', width=96, height=64) for index in range(6)]
     boxes = [dict(id=index + 1, image_id=index, category_id=7, bbox=[8, 8, 60, 40], area=2400, iscrowd=0)
              for index in range(6)]
     for image in images:
         cv2.imwrite(str(root / 'images' / image['file_name']), np.full((64, 96, 3), 99, dtype=np.uint8))
-    (root / 'train.json').write_text(json.dumps(dict(
-        images=images, annotations=boxes, categories=[dict(id=7, name='kangaroo')])))
-    (root / 'base.py').write_text(CONFIG.replace('ROOT', str(root)))
+    for name in names:
+        (root / name).write_text(json.dumps(dict(
+            images=images, annotations=boxes, categories=[dict(id=7, name='kangaroo')])))
 
 
 def outcome(fragment: str, root: Path) -> tuple[str, str]:
@@ -132,7 +132,8 @@ def main() -> None:
     cases = [json.loads(line) for line in args.cases.read_text().splitlines()]
     cases = [case for case in cases if not args.only or case['name'] in args.only]
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder))
+        write_data(Path(folder), 'train.json')
+        Path(folder, 'base.py').write_text(CONFIG.replace('ROOT', folder))
         found = []
         for case in cases:
             kind, line = outcome(case['fragment'], Path(folder))

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..engine import UserError
-from ..engine.config import type_name
+from ..engine.config import for_one_process
 from ..engine.preflight import build_model, nothing_global
 from ..engine.preflight.guard import find_class
-from ..models.backbones.rl_backbone import NAMED
+from ..models.backbones.replacement_mixin import ARGUMENTS
+from ..models.backbones.rl_backbone import is_rl_backbone, rl_type_of
 from ..replacement import set_step_
 from ..replacement.flops import count_flops
 from ..replacement.saved_bytes import saved_bytes
@@ -25,8 +26,6 @@ from .cost import mean_over_steps, trainable_parameters
 SIDE, WINDOWED = 64, 224
 """Side in pixels of the smallest image that is counted, and where there is attention: windows of patches divide it."""
 PLAN = dict(type='EveryKth', k=2)
-SETTINGS = ('replacement', 'fold_norm', 'transfer')
-"""What a backbone without Replacement Learning doesn't have."""
 
 
 class StepCost(NamedTuple):
@@ -109,7 +108,7 @@ def variants_of(cfg: Config) -> Iterator[tuple[str, dict[str, Any]]]:
 def own_settings(cfg: Config) -> dict[str, Any]:
     """What of Replacement Learning the config's backbone has."""
     given = Config(dict(backbone=backbone_cfg(cfg))).to_dict()['backbone']
-    return {key: given[key] for key in SETTINGS if given.get(key)}
+    return {key: given[key] for key in ARGUMENTS if given.get(key)}
 
 
 def step_cost(cfg: Config, settings: Mapping[str, Any], size: Sequence[int], batch: int) -> StepCost:
@@ -170,16 +169,11 @@ def _images_of(cfg: Config) -> tuple[tuple[int, int], int]:
 
 def _build(cfg: Config, settings: Mapping[str, Any]) -> nn.Module:
     """The config's backbone with other settings, with random weights."""
-    given = copy.deepcopy(Config(dict(backbone=backbone_cfg(cfg))).to_dict()['backbone'])
-    given = {key: value for key, value in given.items() if key not in SETTINGS} | dict(init_cfg=None)
-    if type_name(given.get('norm_cfg') or {}) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm'):
-        given['norm_cfg'] = dict(given['norm_cfg'], type='BN')
+    given = for_one_process(Config(dict(backbone=backbone_cfg(cfg))).to_dict()['backbone'])
+    given = {key: value for key, value in given.items() if key not in ARGUMENTS} | dict(init_cfg=None)
     kind = find_class(MODELS, given['type'])
-    if kind in NAMED:
-        given['type'] = NAMED[kind].__name__
-    elif settings and not (type_name(given) or '').startswith('RL'):
-        given = dict({key: value for key, value in given.items() if key != 'type'}, type='RLBackbone',
-                     backbone=given['type'])
+    if settings and not is_rl_backbone(kind):
+        given.update(rl_type_of(given['type'], kind))
     return build_model(Config(dict(model=given | copy.deepcopy(dict(settings)),
                                    default_scope=cfg.get('default_scope', 'mmdet'))))
 

@@ -12,14 +12,14 @@ from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, Registry
 from ..engine.config import add_import_, nested_dicts
 from ..engine.preflight.guard import find_class
 from ..engine.search import found_config
-from ..models.backbones import TimmBackbone, build_rl_backbone
-from ..models.backbones.replacement_mixin import ReplacementMixin
+from ..models.backbones import build_rl_backbone
+from ..models.backbones.replacement_mixin import ARGUMENTS
+from ..models.backbones.rl_backbone import is_rl_backbone
 from ..replacement import FUSIONS, OPERATORS
 from ..replacement.operators import FullBlock
 from ..replacement.registry import build_setting
 
 PACKAGE = __name__.partition('.')[0]
-SETTINGS = ('replacement', 'fold_norm', 'transfer')
 
 
 def plain_config(cfg: Config) -> tuple[Config, list[str]]:
@@ -36,7 +36,7 @@ def plain_config(cfg: Config) -> tuple[Config, list[str]]:
     """
     cfg = found_config(cfg)
     cfg.load_from = None
-    for name in SETTINGS:  # that the recipes in configs/_base_ have at the top
+    for name in ARGUMENTS:  # that the recipes in configs/_base_ have at the top
         cfg.pop(name, None)
     cfg.model = _plain(cfg.model)
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _is_ours(find_class(HOOKS, hook['type']))]
@@ -60,11 +60,10 @@ def _plain(node: Any) -> Any:
         return node
     node = {key: _plain(value) for key, value in node.items()}
     cls = find_class(MODELS, node.get('type'))
-    is_class = isinstance(cls, type) and issubclass(cls, (ReplacementMixin, TimmBackbone))
-    if not is_class and cls is not build_rl_backbone:
+    if not is_rl_backbone(cls):
         return node
     replacement = node.get('replacement')
-    plain = {key: value for key, value in node.items() if key not in SETTINGS}
+    plain = {key: value for key, value in node.items() if key not in ARGUMENTS}
     operator = build_setting(OPERATORS, (replacement or {}).get('operator'), default='FullBlock')
     if not isinstance(operator, FullBlock):
         blocks = MODELS.build(deepcopy(node)).replacement_report.replaced

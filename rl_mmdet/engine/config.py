@@ -12,6 +12,7 @@ from ..replacement.registry import class_of
 from ..search import TRANSFERS
 from .errors import UserError, first_line
 
+SYNCHRONISED = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
 LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
 CONSTRUCTORS = {None: 'RLOptimWrapperConstructor', 'DefaultOptimWrapperConstructor': 'RLOptimWrapperConstructor',
                 'LearningRateDecayOptimizerConstructor': 'RLLearningRateDecayOptimizerConstructor'}
@@ -114,6 +115,14 @@ def add_import_(cfg: Config) -> list[str]:
         return []
     cfg.custom_imports = ConfigDict(imports, imports=[*names, 'rl_mmdet'])
     return ["custom_imports: 'rl_mmdet' is added in the work dir's config; other tools need it in yours, too"]
+
+
+def for_one_process(node: Any) -> Any:
+    """A copy of a config value with BatchNorm in the place of what is synchronised between processes."""
+    if isinstance(node, Mapping):
+        own = {key: for_one_process(value) for key, value in node.items()}
+        return own | (dict(type='BN') if type_name(own) in SYNCHRONISED else {})
+    return type(node)(map(for_one_process, node)) if isinstance(node, (list, tuple)) else node
 
 
 def uses_replacement(cfg: Config) -> bool:

@@ -13,7 +13,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from ..models.backbones.rl_backbone import NAMED
+from ..models.backbones.rl_backbone import rl_type_of
 from .config import add_import_, add_rl_defaults_, load_config, nested_dicts, type_name, uses_replacement
 from .errors import UserError, first_line
 from .files import check_new_file, write_text
@@ -203,8 +203,7 @@ def _set_schedule_(cfg: Config, images: int) -> tuple[list[str], int | None]:
 def _replaced(baseline: Config, steps: int | None) -> Config:
     """The baseline with Replacement Learning: the best recipe of those known that its backbone takes."""
     backbone = baseline.model.backbone
-    kind = find_class(MODELS, backbone.type)
-    named = dict(type=NAMED[kind].__name__) if kind in NAMED else dict(type='RLBackbone', backbone=backbone.type)
+    named = rl_type_of(backbone.type, find_class(MODELS, backbone.type))
     fitted: dict[str, Any] = {}
     if type_name(backbone.get('init_cfg')) == 'Pretrained' or baseline.get('load_from'):
         fitted = dict(TO_FIT, start=dict(type='FitOutputs', fade=min(1000, (steps or STEPS) // 5)))

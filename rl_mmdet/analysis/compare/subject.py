@@ -1,7 +1,6 @@
 """A detector with all that it takes to measure it: its optimizer, and real batches."""
 import copy
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 
 from ...engine import UserError, build_model, load_checkpoint_, take_found_
-from ...engine.config import type_name
+from ...engine.config import for_one_process, type_name
 from ...engine.preflight.guard import quiet
 from ...engine.preflight.model import pretrained_inits
 from ...engine.search import searched_module
@@ -26,7 +25,6 @@ WORKERS = ('prefetch_factor', 'timeout', 'multiprocessing_context')
 """Settings of a data loader that make no sense without worker processes."""
 AMP = ('loss_scale', 'dtype', 'use_fsdp')
 """Settings of an optimizer wrapper that only one for mixed precision has."""
-SYNCHRONISED = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
 SCALING = 20
 """Most steps that a dynamic loss scale may need to come down to where the gradients are finite."""
 
@@ -118,7 +116,7 @@ class Subject:
 def _build(cfg: Config, checkpoint: Path | None, allow_pickle: bool) -> nn.Module:
     """The detector with the checkpoint's weights, or as it is before training, but for pretrained weights."""
     set_random_seed(0)
-    cfg = Config(dict(default_scope=cfg.get('default_scope'), model=_alone(cfg.model)))
+    cfg = Config(dict(default_scope=cfg.get('default_scope'), model=for_one_process(cfg.model)))
     take_found_(cfg, checkpoint and str(checkpoint), allow_pickle)
     model = build_model(cfg, allow_pickle)
     if searched_module(model) is not None:
@@ -130,14 +128,6 @@ def _build(cfg: Config, checkpoint: Path | None, allow_pickle: bool) -> nn.Modul
     if checkpoint is not None:
         load_checkpoint_(model, str(checkpoint), allow_pickle=allow_pickle)
     return model
-
-
-def _alone(node: Any) -> Any:
-    """A copy of a config value with BatchNorm for one process."""
-    if isinstance(node, Mapping):
-        own = {key: _alone(value) for key, value in node.items()}
-        return own | (dict(type='BN') if type_name(own) in SYNCHRONISED else {})
-    return type(node)(map(_alone, node)) if isinstance(node, (list, tuple)) else node
 
 
 class Loaders:

@@ -7,6 +7,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from ...models.backbones.replacement_mixin import ARGUMENTS
 from ..config import nested_dicts, type_name
 from ..errors import UserError
 from .guard import at, close, meant, places_in
@@ -23,7 +24,6 @@ OF_MMDET_2 = {
     'evaluation': 'val_evaluator and train_cfg=dict(val_interval=...)',
     'fp16': "optim_wrapper=dict(type='AmpOptimWrapper')"}
 """Top-level settings of MMDetection 2, and what to write today."""
-OF_BACKBONES = ('replacement', 'fold_norm', 'transfer')
 COUNTS = ('train_cfg.max_epochs', 'train_cfg.max_iters', 'train_cfg.val_interval', 'train_dataloader.batch_size',
           'val_dataloader.batch_size', 'test_dataloader.batch_size', 'auto_scale_lr.base_batch_size')
 """Settings that must be integers of at least 1."""
@@ -49,11 +49,11 @@ def check_keys(cfg: Config) -> list[str]:
     unread = [key for key in cfg if key not in READ and not _occurs(cfg[key], used)]
     model = cfg.get('model') or {}
     for key in cfg:
-        of_model = key in OF_BACKBONES or key in model and key not in READ
+        of_model = key in ARGUMENTS or key in model and key not in READ
         variable = type_name(cfg[key]) and type_name(cfg[key]) == type_name(model.get(key))  # such as semi's detector
         if of_model and not variable and not any(key in node and node[key] == cfg[key] for node in nested_dicts(model)):
             raise UserError(f'{key}: nobody reads it here; write '
-                            f'model=dict({f"backbone=dict({key}=...)" if key in OF_BACKBONES else f"{key}=..."})')
+                            f'model=dict({f"backbone=dict({key}=...)" if key in ARGUMENTS else f"{key}=..."})')
         if key in unread and close(key, READ - {'tta_model', 'tta_pipeline'}, .85):
             raise UserError(f'{key}: nobody reads it{meant(key, READ)}')
         if key in unread and key in OF_MMDET_2 and (key != 'data' or {'train', 'samples_per_gpu'} & set(cfg.data)):

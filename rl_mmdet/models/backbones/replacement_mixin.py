@@ -17,6 +17,9 @@ from ...replacement.registry import build_setting
 from ...search import TRANSFERS
 from ..layouts import add_layout_hook
 
+ARGUMENTS = ('replacement', 'fold_norm', 'transfer')
+"""What an RL backbone takes beside its parent's arguments."""
+
 
 class ReplacementMixin:
     """Adds three arguments to a backbone of mmdet; all others stay its parent's.

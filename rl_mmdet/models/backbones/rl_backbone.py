@@ -65,6 +65,16 @@ def build_rl_backbone(backbone: str | type | Mapping[str, Any] | None = None, *,
     return built
 
 
+def is_rl_backbone(kind: Any) -> bool:
+    """Whether a registered type takes the arguments of Replacement Learning."""
+    return kind is build_rl_backbone or isinstance(kind, type) and issubclass(kind, (ReplacementMixin, TimmBackbone))
+
+
+def rl_type_of(name: Any, kind: Any) -> dict[str, Any]:
+    """What a config says for an ordinary backbone to take them: ``kind`` is the registered type of this ``name``."""
+    return dict(type=NAMED[kind].__name__) if kind in NAMED else dict(type='RLBackbone', backbone=name)
+
+
 def _class_of(name: Any) -> Callable[..., nn.Module]:
     """The backbone class of that name in a registry; a class is returned as it is."""
     if not isinstance(name, str):

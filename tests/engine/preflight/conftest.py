@@ -1,15 +1,13 @@
 """A tiny detector on tiny images in COCO's form, which a test then gets wrong."""
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 from mmengine.config import Config
 
+from mistakes import write_data
 from rl_mmdet.engine import add_rl_defaults_, check_training, load_config
 
 CONFIG = '''
@@ -33,15 +31,7 @@ test_evaluator = val_evaluator
 def kangaroos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images, ``train.json`` and ``val.json``."""
     root = tmp_path_factory.mktemp('kangaroos')
-    (root / 'images').mkdir()
-    images = [dict(id=index, file_name=f'{index}.jpg', width=48, height=32) for index in range(4)]
-    boxes = [dict(id=index + 1, image_id=index, category_id=7, bbox=[4, 4, 30, 20], area=600, iscrowd=0)
-             for index in range(4)]
-    for image in images:
-        cv2.imwrite(str(root / 'images' / image['file_name']), np.full((32, 48, 3), 99, dtype=np.uint8))
-    for name in ('train', 'val'):
-        (root / f'{name}.json').write_text(json.dumps(dict(
-            images=images, annotations=boxes, categories=[dict(id=7, name='kangaroo')])))
+    write_data(root, 'train.json', 'val.json')
     return root
 
 
