@@ -16,40 +16,57 @@ from command_line import Parser, positive
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = 'configs/aquarium/faster-rcnn_mobilenet-v2_fpn_8e_aquarium.py'
+R = 'model.backbone.replacement.'
 BACKBONE = ('model.backbone.type=RLBackbone', 'model.backbone.backbone=MobileNetV2')
-FOUR_BLOCKS = ('plan.type=Blocks', *(f'plan.blocks.layer{stage}=[1]' for stage in (3, 4, 5, 6)))
-EVERY_STEP = 'gradient.every=1'  # the learned transformations are small, so their gradient costs little
-FIT = 'start.type=FitOutputs'
-TRANSFORM = ('fusion.type=TransformFusion', EVERY_STEP)
-LIGHT = ('operator.type=SlimBlock', 'operator.width=0.25', 'fusion.rank=16', 'fusion.adapt=True', *TRANSFORM)
-FULL = ('fusion.share=0.2', *TRANSFORM)
+FOUR_BLOCKS = (f'{R}plan.type=Blocks', *(f'{R}plan.blocks.layer{stage}=[1]' for stage in (3, 4, 5, 6)))
+REPLACED = (*BACKBONE, *FOUR_BLOCKS)
+FIT, FADE = f'{R}start.type=FitOutputs', f'{R}start.fade=224'
+TRANSFORM = (*REPLACED, f'{R}fusion.type=TransformFusion')
+EVERY_STEP = f'{R}gradient.every=1'  # the learned transformations are small, so their gradient costs little
+LIGHT = (*TRANSFORM, f'{R}fusion.rank=16', f'{R}fusion.adapt=True', EVERY_STEP)
+SLIM = (*LIGHT, f'{R}operator.type=SlimBlock', f'{R}operator.width=0.25')
+FULL = (*TRANSFORM, f'{R}fusion.share=0.2', EVERY_STEP)
 LENGTHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
 VARIANTS = {
-    'skip': ('operator.type=Skip',),
-    'average': (),
-    'scalar-fit': (FIT, EVERY_STEP),
+    'skip': (*REPLACED, f'{R}operator.type=Skip'),
+    'average': REPLACED,
     'full-fit': (*FULL, FIT),
-    'light': LIGHT,
-    'light-fit': (*LIGHT, FIT),
-    'full-fit-fade': (*FULL, FIT, 'start.fade=224'),
-    'light-fit-fade': (*LIGHT, FIT, 'start.fade=224'),
+    'light': SLIM,
+    'light-fit': (*SLIM, FIT),
+    'full-fit-fade': (*FULL, FIT, FADE),
+    'light-fit-fade': (*SLIM, FIT, FADE),
+    # what else the method could do
+    'coupled': (*REPLACED, f'{R}gradient.mode=coupled'),
+    'pair-per-tensor': (*TRANSFORM, f'{R}fusion.rank=0', EVERY_STEP),
+    'fast-pair': (*REPLACED, 'optim_wrapper.constructor=RLOptimWrapperConstructor',
+                  'optim_wrapper.paramwise_cfg.custom_keys.coeff.lr_mult=10'),
+    'light-fit-fade-coupled': (*SLIM, FIT, FADE, f'{R}gradient.mode=coupled'),
+    'depthwise-fit-fade': (*LIGHT, f'{R}operator.type=DepthwiseBlock', FIT, FADE),
+    'scalar-fit': (*REPLACED, FIT, EVERY_STEP),
+    # what a user would do otherwise
+    'shared': (*REPLACED, f'{R}fusion.type=SharedWeights', f'{R}gradient.mode=coupled'),
+    'fixed': (*REPLACED, f'{R}fusion.type=OwnWeights', f'{R}fusion.learn=False'),
+    'frozen-2': ('model.backbone.frozen_stages=2',),
+    'frozen-3': ('model.backbone.frozen_stages=3',),
+    'with-cp': ('model.backbone.with_cp=True',),
+    'conv-bn-eval': ('efficient_conv_bn_eval=[backbone]',),
+    'fold-norm': (*BACKBONE, 'model.backbone.fold_norm=True'),
+    'light-fold-norm': (*SLIM, FIT, FADE, 'model.backbone.fold_norm=True'),
 }
 
 
 def command(args: argparse.Namespace) -> list[str]:
     """The call of tools/compare.py."""
     variants = []
-    plan = FOUR_BLOCKS if args.k is None else ('plan.type=EveryKth', f'plan.k={args.k}')
     for name in args.variants:
-        settings = [f'model.backbone.replacement.{each}' for each in (*plan, *VARIANTS[name])]
-        variants += ['--variant', name, *BACKBONE, *settings]
+        variants += ['--variant', name, *VARIANTS[name]]
     options = [f'data_root={args.data}/', f'model.backbone.init_cfg.checkpoint={args.weights}']
     if args.epochs:
         options += [f'{key}={args.epochs}' for key in LENGTHS]
-    report = ['--report-dir', str(args.report_dir)] if args.report_dir else []
-    report += ['--report-only'] if args.report_only else []
+    ways = [f'--{way}' for way in ('report-only', 'cost-only') if getattr(args, way.replace('-', '_'))]
+    ways += ['--report-dir', str(args.report_dir)] if args.report_dir else []
     return ['tools/compare.py', f'baseline={CONFIG}', *variants, '--seeds', str(args.seeds), '--jobs', str(args.jobs),
-            '--work-dir', str(args.work_dir), *report, '--cfg-options', *options, *args.cfg_options]
+            '--work-dir', str(args.work_dir), *ways, '--cfg-options', *options, *args.cfg_options]
 
 
 def parse() -> argparse.Namespace:
@@ -58,11 +75,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--weights', required=True, help="ImageNet weights in the layout of mmdet's MobileNetV2")
     parser.add_argument('--work-dir', type=Path, required=True)
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument('--k', type=positive, help='every k-th block instead of one in each of four stages')
     parser.add_argument('--epochs', type=positive, help='8 by default; AP is then measured after the last one only')
     parser.add_argument('--seeds', type=positive, default=3)
     parser.add_argument('--jobs', type=positive, default=1, help='trainings side by side')
     parser.add_argument('--report-dir', type=Path, help='where the report is written (default: the work dir)')
+    parser.add_argument('--cost-only', action='store_true', help='measure costs, train nothing')
     parser.add_argument('--report-only', action='store_true', help='of what is finished in the work dir')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='more changes of all configs')
     return parser.parse_args()

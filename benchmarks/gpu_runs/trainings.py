@@ -14,7 +14,7 @@ REPORT_SECONDS = 30.
 """What the report on the finished trainings needs."""
 STOP_SECONDS = 8.
 """What a comparison is given to stop its trainings."""
-LONG = ('--k', '4', '--epochs', '54', '--seeds', '1', '--variants', 'light-fit-fade', 'skip')
+LONG = ('--epochs', '54', '--seeds', '1', '--variants', 'light-fit-fade', 'skip')
 SHORT = ('--epochs', '1', '--seeds', '1', '--variants', 'skip')
 
 

@@ -37,7 +37,6 @@ class ScaledOperator(LightOperator):
 
     Args:
         scale: start of all γ; at 0 the start is the identity, and the fusion learns from the second step on.
-            docs/results/digits_operators.md and pretrained_scale.md have the measurements behind the defaults.
 
     Raises:
         ValueError: ``scale`` isn't a finite number.

@@ -1,0 +1,96 @@
+"""What limits a fitted start: the part of the removed blocks' effect that width, rank, steps or batches leave unexplained.
+
+MobileNetV2 from ImageNet weights, Aquarium at 320 px, the four blocks replaced that benchmarks/aquarium.py replaces.
+Every row is a fit of its own; what is left unexplained is measured on training images that no fit has seen.
+
+    python benchmarks/fit_limits.py --data DIR --weights mobilenet-v2_imagenet.pth --out docs/results/fit_limits.md
+"""
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor
+
+import rl_mmdet  # noqa: F401
+from aquarium import CONFIG, ROOT
+from command_line import Parser, positive
+from rl_mmdet.analysis.choose_blocks import calibration_batches
+from rl_mmdet.engine import build_model, load_checkpoint_, load_config
+from rl_mmdet.replacement import computing_layers, fit_outputs_
+
+BLOCKS = {f'layer{stage}': [1] for stage in (3, 4, 5, 6)}
+HELD_OUT = 8
+FIT = dict(batches=20, steps=200)
+DEFAULTS = {'Skip': {}, 'FullBlock': dict(share=0.2), 'SlimBlock': dict(width=0.25, rank=16)}
+CHANGES = {
+    'Skip': [],
+    'FullBlock': [dict(share=0.05), dict(share=1.0), dict(steps=50), dict(steps=500), dict(batches=5),
+                  dict(batches=60)],
+    'SlimBlock': [dict(width=0.125), dict(width=1.0), dict(rank=4), dict(steps=50), dict(steps=500), dict(batches=5),
+                  dict(batches=60)],
+}
+"""By operator, what a row changes of ``DEFAULTS`` and ``FIT``."""
+
+
+def trials() -> Iterator[tuple[str, dict[str, Any]]]:
+    for operator, changes in CHANGES.items():
+        yield from ((operator, change) for change in [{}, *changes])
+
+
+def settings(operator: str, width: float = 0, **fusion: Any) -> dict[str, Any]:
+    """The backbone's ``replacement``."""
+    chosen = dict(type=operator, width=width) if width else dict(type=operator)
+    fusion['adapt'] = operator != 'FullBlock'
+    return dict(plan=dict(type='Blocks', blocks=BLOCKS), operator=chosen,
+                fusion=dict(type='TransformFusion', **fusion), start=dict(type='FitOutputs'))
+
+
+def measure(args: argparse.Namespace, images: list[Tensor], operator: str, change: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    changed = DEFAULTS[operator] | FIT | change
+    fit = {key: changed.pop(key) for key in FIT}
+    backbone = dict(type='RLBackbone', backbone='MobileNetV2', out_indices=(2, 4, 6), frozen_stages=1, norm_eval=True,
+                    replacement=settings(operator, **changed))
+    model = build_model(Config(dict(model=backbone, default_scope='mmdet')))
+    load_checkpoint_(model, args.weights)
+    model.train()
+    own = sum(value.numel() for layer in computing_layers(model).values()
+              for value in layer.own_parameters().values())
+    fit_outputs_(model, images[HELD_OUT:][:fit['batches']], fit['steps'], keep=True)
+    unseen = fit_outputs_(model, images[:HELD_OUT], steps=0, keep=True)
+    words = ', '.join(f'{key}={value}' for key, value in change.items()) or 'as in benchmarks/aquarium.py'
+    errors = [error.after for error in unseen.values()]
+    return [operator, words, f'{own:,}', *(f'{error:.3f}' for error in errors), f'{sum(errors) / len(errors):.3f}']
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', required=True, help='folder with annotations/ and images/')
+    parser.add_argument('--weights', required=True, help="ImageNet weights in the layout of mmdet's MobileNetV2")
+    parser.add_argument('--batch-size', type=positive, default=4)
+    parser.add_argument('--out', type=Path, required=True, help='the page; rows are added as they come')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    cfg = load_config(str(ROOT / CONFIG), {'data_root': f'{args.data}/', 'train_dataloader.batch_size': args.batch_size})
+    most = max(change.get('batches', 0) for changes in CHANGES.values() for change in changes)
+    images = calibration_batches(cfg, most + HELD_OUT)
+    columns = ['operator', 'changed', 'learned', *(f'{stage}.{index}' for stage, [index] in BLOCKS.items()), 'mean']
+    page = ['# What limits a fitted start', '', *__doc__.splitlines()[2:5], '',
+            'e = ‖C(h) − B(h\')‖ / ‖B(h\') − h\'‖, 1 is as if the block were left out; mean over the blocks in the last '
+            f'column. {FIT["batches"]} batches of {args.batch_size} images and {FIT["steps"]} steps unless a row says '
+            f'otherwise; e is of {HELD_OUT} more batches. torch {torch.__version__}, CPU.', '',
+            '| ' + ' | '.join(columns) + ' |', '|---|---|' + '---:|' * (len(columns) - 2)]
+    for operator, change in trials():
+        page.append('| ' + ' | '.join(measure(args, images, operator, change)) + ' |')
+        print(page[-1], flush=True)
+        args.out.write_text('\n'.join(page) + '\n')
+
+
+if __name__ == '__main__':
+    main()
