@@ -139,13 +139,11 @@ class ComputingLayer(nn.Module):
         self.take_from(chain, index, choice)
 
     def _add_parameters(self, block: nn.Module) -> None:
-        like = next(block.parameters())
-        mixing = self.fusion.start(self.made) if self.made else {}
-        parameters = {name: nn.Parameter(value.to(like)) for name, value in mixing.items()}
-        parameters |= self.operator.new_parameters(block)
-        for name, parameter in parameters.items():
-            self.register_parameter(name, parameter)
-        self.learned = tuple(parameters)
+        self._start_of_operator = self.operator.start(block)
+        like, start = next(block.parameters()), self.start_values()
+        for name, value in start.items():
+            self.register_parameter(name, nn.Parameter(value.to(like, copy=True)))
+        self.learned = tuple(start)
         """Names of the parameters that the fusion and the operator learn."""
 
     def take_from(self, chain: Chain, index: int, choice: Choice) -> None:
@@ -196,10 +194,8 @@ class ComputingLayer(nn.Module):
             return self.operator.weights(self.template, tensors, parameters)
 
     def start_values(self) -> dict[str, Tensor]:
-        """The values from which the parameters start that the fusion and the operator learn, by name."""
-        own = self.own_parameters()
-        values = (self.fusion.start(self.made) if self.made else {}) | self.operator.start(own)
-        return {name: value.to(own[name].dtype) for name, value in values.items()}
+        """From what the parameters start that the fusion and the operator learn, by name; of any type."""
+        return (self.fusion.start(self.made) if self.made else {}) | self._start_of_operator
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the fusion and the operator learn, by name; not what is left untouched of the block."""

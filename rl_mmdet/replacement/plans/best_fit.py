@@ -77,7 +77,6 @@ class BestFit(Plan):
         layers = {place.name: self._tried(model, {place.chain.name: [place.index]}, settings).get_submodule(place.name)
                   for place in places}
         for layer in layers.values():
-            layer.eval()
             make_ready_to_fit_(layer)
         whole = copy_around_parameters(model)
         whole.eval()

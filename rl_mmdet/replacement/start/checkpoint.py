@@ -78,7 +78,8 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
                 report.mismatched[f'{name}.{key}'] = (tuple(given.shape), shapes[key])
         for buffer in layer.removed.unused_buffers:
             adapted.pop(place + buffer, None)
-        adapted.update({place + key: value for key, value in layer.start_values().items()})
+        own = layer.own_parameters()
+        adapted.update({place + key: value.to(own[key].dtype) for key, value in layer.start_values().items()})
     _compare(model, adapted, prefix, report)
     return adapted, report
 

@@ -3,8 +3,9 @@ from ..checks import check_number
 from ..registry import STARTS
 
 
-class Start:
-    """Says where a computing layer begins once the weights of the removed block are known.
+@STARTS.register_module()
+class Average:
+    """The average of the neighbours: every a and b is the fusion's ``init``, whatever the removed block was.
 
     Attributes:
         keeps_block: the removed block stays beside the model until the layer has been fitted to its outputs.
@@ -12,16 +13,11 @@ class Start:
     keeps_block = False
 
     def __repr__(self) -> str:
-        return f'{type(self).__name__}()'
+        return 'Average()'
 
 
 @STARTS.register_module()
-class Average(Start):
-    """The average of the neighbours: every a and b is the fusion's ``init``, whatever the removed block was."""
-
-
-@STARTS.register_module()
-class FitOutputs(Start):
+class FitOutputs:
     """What gives the removed block's outputs on training images; see :func:`~.fit_outputs.fit_outputs_`.
 
     Loading a baseline leaves the average; before the first step ``FitOutputsHook``, or a call of ``fit_outputs_``,
