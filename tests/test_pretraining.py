@@ -198,7 +198,7 @@ def test_all_that_a_classifier_and_a_detector_share_is_loaded(classifier, detect
     torch.save({f'backbone.{key}': value for key, value in first.state_dict().items()}, tmp_path / 'first.pth')
     init = dict(checkpoint=str(tmp_path / 'first.pth'), prefix='backbone.')
     report = load_checkpoint_(second, init['checkpoint'], prefix=init['prefix'])
-    assert report.fits == {}
+    assert report.initialised == []
     assert all(re.match(r'norm[012]\.|.*\.rel_pos_[hw]$', key) for key in report.missing)
     second.init_cfg = dict(init, type='Pretrained')
     second.init_weights()
@@ -216,5 +216,5 @@ def test_timms_way_on_the_page_ends_in_both_backbones(monkeypatch, tmp_path):
     for text, width in zip(config.split('backbone = ')[1:], ({}, dict(base_channels=4, stem_channels=64)), strict=True):
         backbone = MODELS.build(eval(text, scope) | width)
         report = load_checkpoint_(backbone, 'rl-resnet50.pth')
-        assert (report.missing, report.fits) == ([], {})
+        assert (report.missing, report.initialised) == ([], [])
         assert set(layers_of(backbone)) == {'layer2.1', 'layer3.1', 'layer4.1'}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -19,8 +20,8 @@ from ..engine.preflight import check_data, make_data
 from ..models.backbones.replacement_mixin import replace_in_backbone_
 from ..models.layouts import state_dict_of
 from ..replacement import ReplacementReport
+from ..replacement.flops import count_flops
 from ..replacement.plans import BestFit
-from ..replacement.plans.trial import forward_flops
 from .blocks import backbone_cfg
 
 LOST = 0.95
@@ -91,7 +92,9 @@ def _try(backbone: nn.Module, settings: Mapping[str, Any], p: float, inputs: lis
     report = replace_in_backbone_(replaced, dict(settings, plan=plan))
     backbone.eval()
     replaced.eval()
-    flops = forward_flops(replaced, inputs[0].shape[2:]) / forward_flops(backbone, inputs[0].shape[2:])
+    image = inputs[0][:1].to(next(backbone.parameters()).device)
+    with torch.no_grad():
+        flops = count_flops(lambda: replaced(image)) / count_flops(lambda: backbone(image))
     return Trial(report.settings['operator'], report, plan.errors, flops)
 
 

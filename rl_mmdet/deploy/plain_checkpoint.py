@@ -72,7 +72,7 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, *, ignore_keys
     model = build_model(cfg, allow_pickle).eval()
     report = load_checkpoint_(model, checkpoint, ignore=ignore_keys, allow_pickle=allow_pickle)
     layers = computing_layers(model)
-    if not layers or report.fits:
+    if not layers or report.initialised:
         raise UserError(f'{checkpoint}: it is an ordinary checkpoint already')
     try:
         weights = materialize(model).state_dict()

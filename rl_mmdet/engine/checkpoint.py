@@ -50,7 +50,7 @@ def load_checkpoint_(model: nn.Module, path: str, *, prefix: str = '', ignore: S
         raise UserError(f'{path}: {error}') from error
     new = _modules_without_pretraining(model) + never_pretrained(model)
     differences = _not_ignored(other_replacement(model, report, new), ignore)
-    if not differences and not report.fits:
+    if not differences and not report.initialised:
         differences = other_operator(model, checkpoint)
     if differences:
         raise UserError(f'{path}: it was saved from a model with another replacement: {_first(differences)}. Give both '
@@ -86,7 +86,8 @@ def _load_(model: nn.Module, tensors: Mapping[str, Tensor]) -> LoadReport:
     for name, module in model.named_modules():
         inner = getattr(module, 'load_report', None) or LoadReport()
         place = f'{name}.' if name else ''
-        for part in ('fits', 'held', 'mismatched'):
+        found.initialised += [place + each for each in inner.initialised]
+        for part in ('held', 'mismatched'):
             getattr(found, part).update({place + key: value for key, value in getattr(inner, part).items()})
     absent = {*found.missing, *found.mismatched}
     found.loaded = [key for key in model.state_dict() if key not in absent]

@@ -29,8 +29,3 @@ def check_number(name: str, value: Any, *, whole: bool = False, least: float | N
     allowed = ('an integer' if whole else 'a number' if bounds else 'a finite number') + (
         f' of {" and ".join(bounds)}' if whole and bounds else f' {" and ".join(bounds)}' if bounds else '')
     raise ValueError(f'{name} must be {allowed}, got {value!r}' + (f' ({hint})' if hint else ''))
-
-
-def is_whole(value: Any, least: int) -> bool:
-    """Whether ``value`` is an integer (no boolean) of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

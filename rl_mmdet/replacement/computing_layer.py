@@ -139,12 +139,11 @@ class ComputingLayer(nn.Module):
         self.take_from(chain, index, choice)
 
     def _add_parameters(self, block: nn.Module) -> None:
-        like = next(block.parameters())
-        learned = self.fusion.new_parameters(self.made, like.device, like.dtype) if self.made else {}
-        parameters = learned | self.operator.new_parameters(block)
-        for name, parameter in parameters.items():
-            self.register_parameter(name, parameter)
-        self.learned = tuple(parameters)
+        self._start_of_operator = self.operator.start(block)
+        like, start = next(block.parameters()), self.start_values()
+        for name, value in start.items():
+            self.register_parameter(name, nn.Parameter(value.to(like, copy=True)))
+        self.learned = tuple(start)
         """Names of the parameters that the fusion and the operator learn."""
 
     def take_from(self, chain: Chain, index: int, choice: Choice) -> None:
@@ -170,11 +169,6 @@ class ComputingLayer(nn.Module):
     def kept(self) -> tuple[nn.Module, ...]:
         return self._unowned[1:]
 
-    def read(self, name: str, tensor: Tensor) -> Tensor:
-        """What the operator needs of a tensor of this name, which is in the removed block's size or in another one."""
-        tensor, shape = resize(name, tensor, self.removed.shapes[name]), self.made[name]
-        return tensor if tensor.shape == shape else self.operator.read(tensor, shape)
-
     def pairs(self) -> dict[str, Pair]:
         """The two tensors of kept blocks, before and after, for every tensor to make, in its shape."""
         detach = self.gradient.mode == 'detached'
@@ -183,7 +177,8 @@ class ComputingLayer(nn.Module):
             if donor is None:
                 return None
             tensor = _tensor(self.kept[donor], name)
-            return self.read(name, tensor.detach() if detach else tensor)
+            tensor = resize(name, tensor.detach() if detach else tensor, self.removed.shapes[name])
+            return tensor if tensor.shape == self.made[name] else self.operator.read(tensor, self.made[name])
 
         return {name: tuple(tensor_of(donor, name) for donor in sides) for name, sides in self.donors.items()}
 
@@ -197,6 +192,10 @@ class ComputingLayer(nn.Module):
             parameters = scaled_gradients(self.own_parameters(), factor)
             tensors = self.fusion.fuse(parameters, self.pairs()) if self.made else {}
             return self.operator.weights(self.template, tensors, parameters)
+
+    def start_values(self) -> dict[str, Tensor]:
+        """From what the parameters start that the fusion and the operator learn, by name; of any type."""
+        return (self.fusion.start(self.made) if self.made else {}) | self._start_of_operator
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the fusion and the operator learn, by name; not what is left untouched of the block."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..replacement import computing_layers
+from ..replacement.block_structure import copy_around_parameters
 from ..replacement.chain import Choice
-from ..replacement.plans.trial import copy_around_parameters
 from .learned_plan import count_learnable
 from .policy import Policy
 from .search_base import Collective, Search, SearchResult

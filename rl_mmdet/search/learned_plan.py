@@ -7,10 +7,8 @@ from ..replacement import PLANS, ReplacementReport
 from ..replacement.chain import Chain, Choice, Place
 from ..replacement.checks import check_number
 from ..replacement.computing_layer import LayerSettings
-from ..replacement.fusions import OwnWeights
 from ..replacement.plans import Plan
 from ..replacement.plans.plan import add_
-from ..replacement.plans.trial import replaced_twin
 from ..replacement.surgery import check_fusion, check_some
 from .schedule import SearchSchedule
 from .search_space import SearchSpace
@@ -53,9 +51,6 @@ class LearnedPlan(Plan):
 
     def carry_out_(self, model: nn.Module, chains: Mapping[str, Chain], settings: LayerSettings) -> ReplacementReport:
         """Put a computing layer beside every block that can be replaced, in place; a search is to choose."""
-        if isinstance(settings.fusion, OwnWeights):
-            raise ValueError(f'replacement.plan: {self} chooses what is made of other blocks\' weights, and '
-                             f'{settings.fusion} makes nothing; take another fusion or plan')
         if settings.start.keeps_block:
             raise ValueError(f'replacement.start: {settings.start} is a fit before the first step, and {self} chooses '
                              'later; leave start out, and give it to the training with the plan that is found')
@@ -78,7 +73,7 @@ class LearnedPlan(Plan):
 
         def left(choice: Choice) -> float:
             """The share that is left with these blocks replaced."""
-            return count_learnable(replaced_twin(model, choice, settings)) / whole
+            return count_learnable(self._tried(model, choice, settings)) / whole
 
         places = [Place(chain, index) for chain in chains.values() for index in chain.replaceable()]
         alone = {place: 1 - left({place.chain.name: [place.index]}) for place in places}

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..replacement.block_structure import copy_around_parameters
 from ..replacement.chain import Chain, Choice, Place, describe_replaceable
 from ..replacement.computing_layer import ComputingLayer, LayerSettings
-from ..replacement.plans.trial import copy_around_parameters
 from ..replacement.report import BlockRow, ReplacementReport, describe_blocks, with_added
 from ..replacement.surgery import prepare_followers_
 from .gated_block import Gate, GatedBlock, gate_, ungate_

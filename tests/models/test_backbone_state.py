@@ -63,15 +63,10 @@ def test_baselines_state_dict_gives_kept_tensors_and_makes_the_norms_stale(case,
     assert all(layer.norm_stale for layer in computing_layers(model).values())
     _, report = adapt_state_dict(model, state)
     assert (report.missing, report.left_over, report.mismatched) == ([], [], {})
-    assert set(report.fits) == set(computing_layers(model))
+    assert set(report.initialised) == set(computing_layers(model))
 
 
-def test_materialized_state_dict_loads_into_the_baseline_and_comes_back(case, model, image, in_mode, assert_near):
-    """Blocks that are combinations of their neighbours are found again, by least squares."""
-    state = materialize(model).state_dict()
+def test_materialized_state_dict_loads_into_the_baseline(case, model, image, in_mode, assert_near):
     baseline = case.build_baseline()
-    baseline.load_state_dict(state, strict=True)
+    baseline.load_state_dict(materialize(model).state_dict(), strict=True)
     assert_near(in_mode(baseline, False)(image), model(image))
-    back = case.build(start=dict(type='LeastSquares'))
-    back.load_state_dict(state)
-    assert_near(in_mode(back, False)(image), model(image), 1e-3)

@@ -214,7 +214,7 @@ def test_preflight_accepts_timms_own_file_for_images_of_any_size(source, kwargs,
     made = timm.create_model(source, **kwargs if 'channels' in kwargs else dict(kwargs, img_size=64))
     save_file(made.state_dict(), tmp_path / 'x.safetensors')
     model = build_rl_backbone(timm=source, replacement=EVERY_SECOND, **kwargs)
-    assert set(load_checkpoint_(model, str(tmp_path / 'x.safetensors')).fits) == set(computing_layers(model))
+    assert set(load_checkpoint_(model, str(tmp_path / 'x.safetensors')).initialised) == set(computing_layers(model))
 
 
 def test_preflight_refuses_the_file_of_a_shallower_model(tmp_path):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from rl_mmdet.replacement.checks import check_number, is_whole
+from rl_mmdet.replacement.checks import check_number
 
 
 @pytest.mark.parametrize(('value', 'bounds'), [
@@ -29,7 +29,3 @@ def test_what_is_not_names_the_number_the_value_and_the_bounds(value, bounds, sa
 def test_hint_is_appended():
     with pytest.raises(ValueError, match=r'got 1 \(k=2 replaces every other\)$'):
         check_number('k', 1, whole=True, least=2, hint='k=2 replaces every other')
-
-
-def test_is_whole():
-    assert [is_whole(value, 1) for value in (1, 0, 1.0, True, '1')] == [True, False, False, False, False]

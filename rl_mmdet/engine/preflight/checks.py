@@ -63,7 +63,7 @@ def _inspect(cfg: Config, ignore_keys: Sequence[str], allow_pickle: bool) -> tup
     if path:
         with named(setting):
             reports[f'{setting}={path}'] = load_checkpoint_(model, path, **options)
-            if setting == 'resume' and reports[f'resume={path}'].fits:
+            if setting == 'resume' and reports[f'resume={path}'].initialised:
                 raise UserError(f"{path} is a baseline's, whose blocks are replaced here, so no training can be "
                                 'resumed from it; to start from its weights, leave out --resume and use --cfg-options '
                                 f'load_from={path}')
@@ -100,10 +100,10 @@ def check_testing(cfg: Config, checkpoint: str, *, ignore_keys: Sequence[str] = 
     if searched_module(model) is not None:
         raise UserError(f'checkpoint: {checkpoint} wasn\'t saved after the search that the config asks for; '
                         'train until the search has ended, then test')
-    if report.fits:
-        raise UserError(f'checkpoint: {checkpoint} has weights for {len(report.fits)} blocks that the config replaces '
-                        f'({", ".join(list(report.fits)[:3])}): it is a baseline\'s; test it with the baseline\'s '
-                        'config, or train from it with load_from')
+    if report.initialised:
+        raise UserError(f'checkpoint: {checkpoint} has weights for {len(report.initialised)} blocks that the config '
+                        f'replaces ({", ".join(report.initialised[:3])}): it is a baseline\'s; test it with the '
+                        'baseline\'s config, or train from it with load_from')
     prepare_files(cfg, 'test')
 
 

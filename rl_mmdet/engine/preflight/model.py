@@ -60,7 +60,7 @@ def check_start(model: nn.Module, loaded: Sequence[LoadReport]) -> None:
         raise UserError(f"replacement.start: {fitted[0]} needs a trained baseline's weights, and none are loaded; "
                         "set model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) or load_from=FILE, or "
                         'leave start out')
-    if any(start.fade for start in fitted) and not loaded[-1].fits:
+    if any(start.fade for start in fitted) and not loaded[-1].initialised:
         raise UserError(f'replacement.start: {fitted[0]} needs the removed blocks, and the checkpoint is a replaced '
                         "model's own, which has none; load a baseline's, or set start.fade=0 to train on from it")
 

@@ -1,35 +1,12 @@
 """What all fusions share: mixtures of the two neighbours' tensors with learnable factors."""
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_number
 from ..resize import Shape, kind_of
 
 Pair = tuple[Tensor | None, Tensor | None]
 """A tensor of the neighbours before and after, in the size of the tensor to make; None where there is none."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a fusion's parameters should start from, given the weights of the removed block.
-
-    Args:
-        parameters: value of each of the fusion's parameters.
-        residual: :math:`\\lVert θ_i - θ̂_i \\rVert / \\lVert θ_i \\rVert` over all tensors of the block, no unit;
-            0 is a perfect reconstruction, 1 is what zero weights would give.
-    """
-    parameters: dict[str, Tensor]
-    residual: float
-
-
-def residual(targets: dict[str, Tensor], made: dict[str, Tensor]) -> float:
-    """How far ``made`` is from ``targets``, as a :class:`Fit` has it."""
-    error = sum((target.double() - made[name].double()).square().sum() for name, target in targets.items())
-    size = sum(target.double().square().sum() for target in targets.values())
-    return (error / size).sqrt().item() if size > 0 else 0.
 
 
 class Fusion:
@@ -64,10 +41,13 @@ class Fusion:
     def check(self, shapes: dict[str, Shape]) -> None:
         """Raise a ValueError if it can't make tensors of these shapes."""
 
-    def new_parameters(self, shapes: dict[str, Shape], device: torch.device,
-                       dtype: torch.dtype) -> dict[str, nn.Parameter]:
-        """The learnable parameters of one replaced block, whose tensors to make have ``shapes``."""
-        return {name: nn.Parameter(value.to(device, dtype)) for name, value in self._start(shapes).items()}
+    def start(self, shapes: dict[str, Shape]) -> dict[str, Tensor]:
+        """From what the parameters of one replaced block start, whose tensors to make have ``shapes``.
+
+        Here ``coeff`` at ``init``, in float64: the average of the neighbours, times 2·init.
+        """
+        size = (2,) if self.one_pair else (2, sum(self.groups(name, shape) for name, shape in shapes.items()))
+        return {'coeff': torch.full(size, self.init, dtype=torch.float64)}
 
     def fuse(self, parameters: dict[str, Tensor], pairs: dict[str, Pair]) -> dict[str, Tensor]:
         """Make all tensors of the block that are to be made.
@@ -76,65 +56,21 @@ class Fusion:
             parameters: the fusion's.
             pairs: the neighbours' tensors for each of them, in the order of the block's tensors.
         """
-        shapes = dict.fromkeys(pairs, ()) if self.one_pair else {name: _shape_of(pair) for name, pair in pairs.items()}
-        return _mix(dict(self._pairs_of(parameters['coeff'], shapes)), pairs)
+        return _mix(self._factors(parameters['coeff'], pairs), pairs)
 
-    @torch.no_grad()
-    def fit(self, targets: dict[str, Tensor], pairs: dict[str, Pair], shapes: dict[str, Shape] | None = None,
-            least_squares: bool = False) -> Fit:
-        """The start of the parameters, and how far it is from the removed block's own weights.
-
-        Args:
-            targets: those of the block's tensors that are known.
-            pairs: the neighbours' tensors for these.
-            shapes: of all tensors to make, in their order; None if these are the ``targets``.
-            least_squares: choose the pairs (a, b) that reconstruct these weights best; else they are all ``init``.
-        """
-        shapes = shapes or {name: tuple(target.shape) for name, target in targets.items()}
-        like = next(iter(targets.values()))
-        start = {name: value.to(like.device) for name, value in self._start(shapes).items()}
-        double = {name: _double(pair) for name, pair in pairs.items()}
-        if least_squares:
-            start['coeff'] = self._least_squares({n: t.double() for n, t in targets.items()}, double, shapes)
-        factors = {name: each for name, each in self._pairs_of(start['coeff'], shapes) if name in pairs}
-        made = _mix(factors, double)
-        return Fit({name: value.to(like.dtype) for name, value in start.items()}, residual(targets, made))
-
-    def _start(self, shapes: dict[str, Shape]) -> dict[str, Tensor]:
-        """Start values in float64: the average of the neighbours, times 2·init."""
-        size = (2,) if self.one_pair else (2, sum(self.groups(name, shape) for name, shape in shapes.items()))
-        return {'coeff': torch.full(size, self.init, dtype=torch.float64)}
-
-    def _pairs_of(self, coeff: Tensor, shapes: dict[str, Shape]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    def _factors(self, coeff: Tensor, pairs: dict[str, Pair]) -> dict[str, tuple[Tensor, Tensor]]:
         """For every tensor its a and b, shaped to be multiplied with it; the same ones where there is one pair."""
         if self.one_pair:
-            yield from dict.fromkeys(shapes, tuple(coeff)).items()
-            return
-        start = 0
-        for name, shape in shapes.items():
+            return dict.fromkeys(pairs, tuple(coeff))
+        factors, start = {}, 0
+        for name, pair in pairs.items():
+            shape = _shape_of(pair)
             count = self.groups(name, shape)
             mine = coeff[:, start:start + count]
             start += count
-            yield name, tuple(mine.flatten() if count == 1 else (side.view(_per_group(name, shape)) for side in mine))
-
-    def _least_squares(self, targets: dict[str, Tensor], pairs: dict[str, Pair], shapes: dict[str, Shape]) -> Tensor:
-        r"""Minimise :math:`\lVert θ_i - aθ_p - bθ_n \rVert^2` for each pair through its 2×2 normal equations."""
-        like = next(iter(targets.values()))
-        systems = []
-        for name, shape in shapes.items():
-            count = self.groups(name, shape)
-            if name in targets:
-                target = _by_group(targets[name], name, count)
-                sides = torch.stack([_by_group(_or_zeros(side, like=targets[name]), name, count)
-                                     for side in pairs[name]], 1)
-                systems.append((sides @ sides.mT, (sides @ target[..., None])[..., 0]))
-            elif not self.one_pair:  # a system whose solution is the start
-                systems.append((torch.eye(2).to(like).expand(count, 2, 2), like.new_full((count, 2), self.init)))
-        if self.one_pair:
-            systems = [tuple(sum(side) for side in zip(*systems, strict=True))]
-        coeff = torch.cat([(torch.linalg.pinv(gram, hermitian=True) @ right[..., None])[..., 0]
-                           for gram, right in systems])
-        return coeff[0] if self.one_pair else coeff.T.contiguous()
+            factors[name] = tuple(mine.flatten() if count == 1 else
+                                  (side.view(_per_group(name, shape)) for side in mine))
+        return factors
 
     def _settings(self) -> str:
         return f'init={self.init}' + (', adapt=True' if self.adapt else '')
@@ -175,19 +111,3 @@ def _shape_of(pair: Pair) -> Shape:
 def _per_group(name: str, shape: Shape) -> tuple[int, ...]:
     """The shape in which one number per group multiplies a tensor: heads are a table's last axis."""
     return (-1,) + (1,) * (len(shape) - 1) if kind_of(name, shape) == 'weight' else (-1,)
-
-
-def _by_group(tensor: Tensor, name: str, count: int) -> Tensor:
-    """(groups, entries): what one pair multiplies in a row."""
-    if count == 1:
-        return tensor.reshape(1, -1)
-    weight = kind_of(name, tuple(tensor.shape)) == 'weight'
-    return tensor.flatten(1) if weight else tensor.reshape(-1, count).T
-
-
-def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if tensor is None else tensor
-
-
-def _double(pair: Pair) -> Pair:
-    return tuple(None if tensor is None else tensor.double() for tensor in pair)

@@ -1,10 +1,9 @@
 """A neighbour's weights as they are: the reference that a fusion has to beat."""
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..registry import FUSIONS
 from ..resize import Shape
-from .fusion import Fit, Fusion, Pair, residual
+from .fusion import Fusion, Pair
 
 
 @FUSIONS.register_module()
@@ -28,18 +27,12 @@ class SharedWeights(Fusion):
             raise ValueError(f'SharedWeights: unknown side={side!r}; allowed: {", ".join(self.SIDES)}')
         self.side = side
 
-    def new_parameters(self, shapes: dict[str, Shape], device: torch.device,
-                       dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    def start(self, shapes: dict[str, Shape]) -> dict[str, Tensor]:
         return {}
 
     def fuse(self, parameters: dict[str, Tensor], pairs: dict[str, Pair]) -> dict[str, Tensor]:
         order = slice(None) if self.side == 'before' else slice(None, None, -1)
         return {name: next(tensor for tensor in pair[order] if tensor is not None) for name, pair in pairs.items()}
-
-    @torch.no_grad()
-    def fit(self, targets: dict[str, Tensor], pairs: dict[str, Pair], shapes: dict[str, Shape] | None = None,
-            least_squares: bool = False) -> Fit:
-        return Fit({}, residual(targets, self.fuse({}, pairs)))
 
     def _settings(self) -> str:
         return f'side={self.side!r}' + (', adapt=True' if self.adapt else '')

@@ -71,8 +71,8 @@ class TransformFusion(Fusion):
                 made[name] = tensor + (up @ (down.T @ tensor.flatten(1))).view_as(tensor)
         return made
 
-    def _start(self, shapes: dict[str, Shape]) -> dict[str, Tensor]:
-        start = super()._start(shapes)
+    def start(self, shapes: dict[str, Shape]) -> dict[str, Tensor]:
+        start = super().start(shapes)
         rank = self.rank_for(shapes)
         if rank:
             channels = [shape[0] for name, shape in shapes.items() if kind_of(name, shape) == 'weight']

@@ -1,6 +1,4 @@
 """What light operators (RL-v2) share: a few per cent of a block's computation, the identity at scale 0."""
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,12 +43,8 @@ class ScaledOperator(LightOperator):
     def __init__(self, scale: float) -> None:
         self.scale = float(check_number(f'{type(self).__name__}: scale', scale))
 
-    def new_parameters(self, block: nn.Module) -> dict[str, nn.Parameter]:
-        like = next(block.parameters())
-        return {'scale': nn.Parameter(like.new_full((self.channels(block),), self.scale))}
-
-    def start(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {'scale': torch.full_like(parameters['scale'], self.scale)}
+    def start(self, block: nn.Module) -> dict[str, Tensor]:
+        return {'scale': torch.full((self.channels(block),), self.scale, device='cpu')}  # also on meta
 
     def channels(self, block: nn.Module) -> int:
         """Channels of the block's input and output."""

@@ -1,5 +1,4 @@
 """What all operators share: a module without weights that runs on tensors made for it."""
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,12 +40,8 @@ class Operator:
         """The ordinary module that runs in the place of ``block``, here the block; its weights don't matter."""
         return block
 
-    def new_parameters(self, block: nn.Module) -> dict[str, nn.Parameter]:
-        """What the operator learns itself, beside what the fusion learns."""
-        return {}
-
-    def start(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values from which those of the layer's ``parameters`` start that are the operator's."""
+    def start(self, block: nn.Module) -> dict[str, Tensor]:
+        """From what its own parameters start in the place of ``block``, beside the fusion's; here it has none."""
         return {}
 
     def weights(self, template: nn.Module, tensors: dict[str, Tensor],

@@ -1,19 +1,18 @@
 """BestFit: a plan that replaces the blocks which their neighbours explain best, by what comes out of them."""
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..chain import Chain, Choice
+from ..block_structure import copy_around_parameters
+from ..chain import Chain, Choice, Place
 from ..checks import check_number
-from ..computing_layer import ComputingLayer, LayerSettings
+from ..computing_layer import LayerSettings
 from ..registry import PLANS
-from ..start.checkpoint import adapt_state_dict
 from ..start.fit_outputs import Use, after_each, fit_layers_, make_ready_to_fit_
-from ..start.starts import FitOutputs
-from .fraction import OF_ALL, count_of
+from ..start.starts import Average, FitOutputs
 from .plan import Plan, add_
-from .trial import replaced_twin
 
 logger = logging.getLogger('rl_mmdet')
 
@@ -31,7 +30,7 @@ class BestFit(Plan):
     blocks of smallest e are chosen one after the other, as long as the choice stays valid.
 
     Args:
-        p: above 0, at most 1; of how many blocks see :class:`~rl_mmdet.replacement.Fraction`.
+        p: above 0, at most 1, of all blocks that can be replaced; rounded, but at least one.
         batches: inputs that the model takes, in the form and range it was trained on; brought to its device.
         steps: of the fit, each with one of the batches; 0 measures the start.
 
@@ -45,7 +44,8 @@ class BestFit(Plan):
     """
 
     def __init__(self, p: float, batches: Sequence[Tensor] | None = None, steps: int = 100) -> None:
-        self.p = check_number('BestFit: p', p, above=0, most=1, hint=OF_ALL)
+        self.p = check_number('BestFit: p', p, above=0, most=1,
+                              hint='0.25 replaces a quarter of the blocks that can be replaced')
         if batches is None:
             raise ValueError('BestFit: it needs a trained model and calibration batches, which a config can\'t hold; '
                              f'run python tools/choose_blocks.py CONFIG CHECKPOINT --p {p} and paste the plan that it '
@@ -60,25 +60,26 @@ class BestFit(Plan):
         self.errors: dict[str, float] = {}
 
     def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
-        if model is None:
+        if model is None or settings is None:
             raise ValueError('BestFit: it runs the model, so it needs one; use it as the plan of replace_blocks_()')
-        candidates = {name: chain.replaceable() for name, chain in chains.items()}
-        places = {chains[name].block_name(index): (name, index)
-                  for name, indices in candidates.items() for index in indices}
-        self.errors = self._measure(model, places, settings)
+        places = [Place(chain, index) for chain in chains.values() for index in chain.replaceable()]
+        self.errors = self._measure(model, places, settings._replace(start=Average()))  # this plan has a fit of its own
+        count = max(1, math.floor(self.p * len(places) + 0.5))
         choice: Choice = {name: [] for name in chains}
-        for block in sorted(places, key=self.errors.get):
-            if sum(map(len, choice.values())) < count_of(self.p, candidates):
-                add_(choice, chains, *places[block])
+        for chain, index in sorted(places, key=lambda place: self.errors[place.name]):
+            if sum(map(len, choice.values())) < count:
+                add_(choice, chains, chain.name, index)
         logger.info('BestFit, output errors: %s', self._errors())
         return choice
 
-    def _measure(self, model: nn.Module, places: Mapping[str, tuple[str, int]],
-                 settings: LayerSettings | None) -> dict[str, float]:
+    def _measure(self, model: nn.Module, places: Sequence[Place], settings: LayerSettings) -> dict[str, float]:
         """The error of each block, all of them fitted in the same runs over the batches."""
-        layers = {block: _layer_at(model, block, {chain: [index]}, settings)
-                  for block, (chain, index) in places.items()}
-        whole = replaced_twin(model, {}, settings)
+        layers = {place.name: self._tried(model, {place.chain.name: [place.index]}, settings).get_submodule(place.name)
+                  for place in places}
+        for layer in layers.values():
+            make_ready_to_fit_(layer)
+        whole = copy_around_parameters(model)
+        whole.eval()
         blocks = {block: whole.get_submodule(block) for block in layers}
         device = next(model.parameters()).device
 
@@ -97,13 +98,3 @@ class BestFit(Plan):
 
     def _arguments(self) -> str:
         return f'p={self.p}, batches={len(self.batches)}' + (f', errors: {self._errors()}' if self.errors else '')
-
-
-def _layer_at(model: nn.Module, block: str, choice: Choice, settings: LayerSettings | None) -> ComputingLayer:
-    """The computing layer in the place of ``block``, started from the model's own weights as a checkpoint's."""
-    twin = replaced_twin(model, choice, settings)
-    adapted, _ = adapt_state_dict(twin, model.state_dict())
-    layer = twin.get_submodule(block)
-    layer.load_state_dict({key: adapted[f'{block}.{key}'] for key in layer.state_dict()})
-    make_ready_to_fit_(layer)
-    return layer

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..chain import Chain, Choice, describe_replaceable
-from ..checks import is_whole
 from ..computing_layer import LayerSettings
 from ..registry import PLANS
 from .plan import Plan
@@ -28,7 +27,7 @@ class Blocks(Plan):
             raise TypeError(f"Blocks: blocks must be a dict such as {{'layer3': [1, 3]}}, got {blocks!r}")
         for name, indices in blocks.items():
             if isinstance(indices, str) or not isinstance(indices, Sequence) \
-                    or not all(is_whole(index, 0) for index in indices):
+                    or not all(type(index) is int for index in indices):
                 raise TypeError(f'Blocks: {name!r} must map to a list of block indices, got {indices!r}')
             if len(set(indices)) != len(indices):
                 raise ValueError(f'Blocks: {name!r} names a block twice: {list(indices)}')

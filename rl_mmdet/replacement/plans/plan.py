@@ -3,8 +3,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..chain import Chain, Choice, as_blocks
+from ..block_structure import copy_around_parameters
+from ..chain import Chain, Choice, as_blocks, find_chains
 from ..computing_layer import LayerSettings
+from ..fusions import OwnWeights
 from ..report import ReplacementReport
 from ..surgery import check_choice, replace_chosen_
 
@@ -52,6 +54,22 @@ class Plan:
     def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
         """The choice; see :meth:`choose`."""
         raise NotImplementedError
+
+    def _tried(self, model: nn.Module, choice: Choice, settings: LayerSettings) -> nn.Module:
+        """A copy of ``model`` with the blocks of a valid choice replaced, for plans that measure what that gives.
+
+        Its parameters *are* the model's, so it takes next to no memory; they must not be written to. Modes and buffers
+        are its own.
+
+        Raises:
+            ValueError: the fusion can't make a block's tensors.
+        """
+        if isinstance(settings.fusion, OwnWeights):
+            raise ValueError(f'{self} chooses what is made of other blocks\' weights, and {settings.fusion} makes '
+                             'nothing; take another fusion or plan')
+        twin = copy_around_parameters(model)
+        replace_chosen_(twin, find_chains(twin, settings.fusion.adapt, settings.operator), choice, settings)
+        return twin
 
     def _arguments(self) -> str:
         """The plan's arguments, as in a call."""

@@ -4,8 +4,7 @@ from .fade import Fade
 from .fit_outputs import Unexplained, fit_outputs_, layers_to_fit
 from .norms import recalibrate_norms_, stale_norms
 from .other_replacement import other_replacement
-from .starts import Average, FitOutputs, LeastSquares
+from .starts import Average, FitOutputs
 
-__all__ = ['Average', 'Fade', 'FitOutputs', 'LeastSquares', 'LoadReport', 'Unexplained', 'adapt_state_dict',
-           'fit_outputs_', 'layers_to_fit', 'other_replacement', 'recalibrate_norms_',
-           'stale_norms']
+__all__ = ['Average', 'Fade', 'FitOutputs', 'LoadReport', 'Unexplained', 'adapt_state_dict', 'fit_outputs_',
+           'layers_to_fit', 'other_replacement', 'recalibrate_norms_', 'stale_norms']

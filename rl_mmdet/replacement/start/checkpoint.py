@@ -1,14 +1,12 @@
-"""A baseline checkpoint into a replaced model: the removed blocks' weights become the fusions' starting values."""
+"""A baseline checkpoint into a replaced model: removed blocks' weights leave it, and computing layers start anew."""
 import copy
 import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..computing_layer import ComputingLayer, computing_layers
-from ..fusions import Fit, Pair
 from ..resize import Shape
 from ..template import loads_its_own_way
 
@@ -21,14 +19,14 @@ class LoadReport:
 
     Args:
         loaded: keys that are taken as they are.
-        fits: by computing layer, what the removed block's weights gave.
+        initialised: computing layers that begin at their start, as the removed block's weights are there.
         missing: keys the model needs and the checkpoint lacks.
         left_over: keys of the checkpoint that nothing in the model takes.
         mismatched: by key, the shape in the checkpoint and the shape in the model.
         held: by computing layer, the checkpoint's keys for its place, without the layer's name.
     """
     loaded: list[str] = field(default_factory=list)
-    fits: dict[str, Fit] = field(default_factory=dict)
+    initialised: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
@@ -36,12 +34,11 @@ class LoadReport:
 
     def __str__(self) -> str:
         """Four lines: loaded, used for initialisation, missing, left over."""
-        fits = ', '.join(name + (f' (a, b) = {_numbers(fit.parameters)}' if fit.parameters else '')
-                         for name, fit in self.fits.items())
         left = self.left_over + [f'{key} {old} instead of {new}' for key, (old, new) in self.mismatched.items()]
         return '\n'.join([
             f'loaded: {len(self.loaded)} tensors',
-            f'used for initialisation: {len(self.fits)} removed blocks' + (f': {fits}' if fits else ''),
+            f'used for initialisation: {len(self.initialised)} removed blocks'
+            + (f': {_first(self.initialised)}' if self.initialised else ''),
             f'missing: {_first(self.missing)}',
             f'left over: {_first(left)}'])
 
@@ -50,7 +47,7 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
     """Translate a baseline's state dict for a replaced model.
 
     The weights of a removed block leave the state dict; in their place come the starting values of its computing
-    layer's parameters, fitted by the fusion. A state dict of the replaced model itself passes unchanged.
+    layer's parameters. A state dict of the replaced model itself passes unchanged.
 
     Args:
         model: a model with or without computing layers.
@@ -68,21 +65,21 @@ def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str =
     adapted = dict(state_dict)
     report = LoadReport()
     for name, layer in computing_layers(model).items():
-        report.held[name] = [key[len(f'{prefix}{name}.'):] for key in state_dict if key.startswith(f'{prefix}{name}.')]
-        adapted.update(_own_buffers(layer, state_dict, f'{prefix}{name}.'))
-        removed = any(f'{prefix}{name}.{tensor_name}' in state_dict for tensor_name in layer.removed.shapes)
-        fit = _fit(model, name, layer, state_dict, prefix) if layer.made else removed and Fit({}, 1.0)
-        if not fit:
+        place, shapes = f'{prefix}{name}.', layer.removed.shapes
+        report.held[name] = [key[len(place):] for key in state_dict if key.startswith(place)]
+        removed = [key for key in report.held[name] if key in shapes and key not in layer.learned]
+        if not removed:
             continue
-        report.fits[name] = fit
-        for tensor_name, shape in layer.removed.shapes.items():
-            given = adapted.pop(f'{prefix}{name}.{tensor_name}', None)
-            if given is not None and given.shape != shape:
-                report.mismatched[f'{name}.{tensor_name}'] = (tuple(given.shape), tuple(shape))
+        report.initialised.append(name)
+        adapted.update(_own_buffers(layer, state_dict, place))
+        for key in removed:
+            given = adapted.pop(place + key)
+            if given.shape != shapes[key]:
+                report.mismatched[f'{name}.{key}'] = (tuple(given.shape), shapes[key])
         for buffer in layer.removed.unused_buffers:
-            adapted.pop(f'{prefix}{name}.{buffer}', None)
-        for parameter, value in (layer.operator.start(layer._parameters) | fit.parameters).items():
-            adapted[f'{prefix}{name}.{parameter}'] = value
+            adapted.pop(place + buffer, None)
+        own = layer.own_parameters()
+        adapted.update({place + key: value.to(own[key].dtype) for key, value in layer.start_values().items()})
     _compare(model, adapted, prefix, report)
     return adapted, report
 
@@ -112,10 +109,10 @@ def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: An
     adapted, report = adapt_state_dict(module, state_dict, prefix)
     module.load_report = report
     for name, layer in computing_layers(module).items():
-        layer.norm_stale = name in report.fits
+        layer.norm_stale = name in report.initialised
         if layer.removed.block is not None:
-            layer.fit_wanted = name in report.fits and _load_block_(layer.removed.block, state_dict, f'{prefix}{name}.')
-    if report.fits:
+            layer.fit_wanted = layer.norm_stale and _load_block_(layer.removed.block, state_dict, f'{prefix}{name}.')
+    if report.initialised:
         for line in str(report).splitlines():
             logger.info('%s', line)
     state_dict.clear()
@@ -144,32 +141,6 @@ def _with_copies(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> d
             copies |= {f'{prefix}{name}.{key[len(block):]}': value for key, value in state_dict.items()
                        if key.startswith(block) and (not has_some or key[len(block):] in layer.untouched)}
     return state_dict | copies
-
-
-def _fit(model: nn.Module, name: str, layer: ComputingLayer, state_dict: dict[str, Any], prefix: str) -> Fit | None:
-    """Fit one layer's fusion to the removed block's tensors, None if the state dict has none of them.
-
-    Tensors that the state dict lacks for the block or a neighbour are left out of the fit: an ImageNet model has
-    no deformable convolution's offsets, for instance.
-    """
-    names = {id(module): module_name for module_name, module in model.named_modules()}
-    kept = [names[id(block)] for block in layer.kept]
-
-    def look_up(block: str, tensor: str, shape: Shape) -> Tensor | None:
-        value = state_dict.get(f'{prefix}{block}.{tensor}')
-        fits = isinstance(value, Tensor) and tuple(value.shape) == tuple(shape)
-        # half precision is too coarse, and too small, for the sums of a fit
-        return layer.read(tensor, value.to(torch.promote_types(value.dtype, torch.float32))) if fits else None
-
-    targets: dict[str, Tensor] = {}
-    pairs: dict[str, Pair] = {}
-    for tensor, sides in layer.donors.items():
-        target = look_up(name, tensor, layer.removed.shapes[tensor])
-        pair = tuple(None if i is None else look_up(kept[i], tensor, layer.kept[i].get_parameter(tensor).shape)
-                     for i in sides)
-        if target is not None and any(side is not None for side in pair):
-            targets[tensor], pairs[tensor] = target, pair
-    return layer.start.fit(layer.fusion, targets, pairs, layer.made) if targets else None
 
 
 def _own_buffers(layer: ComputingLayer, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
@@ -214,7 +185,3 @@ def _compare(model: nn.Module, state_dict: dict[str, Any], prefix: str, report: 
 def _first(keys: list[str], count: int = 5) -> str:
     more = f' and {len(keys) - count} more' if len(keys) > count else ''
     return ', '.join(keys[:count]) + more if keys else 'nothing'
-
-
-def _numbers(parameters: dict[str, Tensor]) -> str:
-    return ', '.join(str([round(x, 3) for x in value.flatten()[:4].tolist()]) for value in parameters.values())

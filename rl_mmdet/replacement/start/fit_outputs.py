@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten
 
 from ..block_structure import copy_around_parameters
 from ..computing_layer import ComputingLayer, computing_layers
@@ -179,10 +180,8 @@ def _squares(made: Any, before: Any, wanted: Any) -> list[Tensor]:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    """The tensors in a block's inputs or outputs."""
+    return [part for part in tree_flatten(value)[0] if isinstance(part, Tensor)]
 
 
 def _call(layer: ComputingLayer, inputs: tuple[tuple, dict]) -> Any:
@@ -213,7 +212,8 @@ def _ready_to_fit(model: nn.Module, layers: Mapping[str, ComputingLayer]) -> Ite
 
 
 def make_ready_to_fit_(layer: ComputingLayer) -> None:
-    """Let a layer in eval mode learn in every step, and its BatchNorms run on the batch's statistics."""
+    """Put a layer into eval mode, but let it learn in every step, and its BatchNorms run on the batch's statistics."""
+    layer.eval()
     layer.turn = True
     for norm in layer.modules():
         if isinstance(norm, _BatchNorm):

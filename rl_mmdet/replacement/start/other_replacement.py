@@ -27,7 +27,8 @@ def other_replacement(model: nn.Module, report: LoadReport, new: tuple[str, ...]
     only_there = _replaced_only_there(model, report)
     differences = {name: f'{name} is replaced there and kept here' for name in only_there}
     if there or only_there:
-        differences |= {name: f'{name} is kept there and replaced here' for name in layers if name in report.fits}
+        kept_there = [name for name in layers if name in report.initialised]
+        differences |= {name: f'{name} is kept there and replaced here' for name in kept_there}
     for name in there:
         here = _saved(name, layers[name].state_dict(), new)
         if held[name] != here:

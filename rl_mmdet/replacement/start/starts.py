@@ -1,50 +1,23 @@
 """The setting ``replacement.start``: where computing layers begin when a baseline's weights are loaded."""
-from torch import Tensor
-
 from ..checks import check_number
-from ..fusions import Fit, Fusion, Pair
 from ..registry import STARTS
-from ..resize import Shape
 
 
-class Start:
-    """Chooses the start of a computing layer's parameters once the weights of the removed block are known.
+@STARTS.register_module()
+class Average:
+    """The average of the neighbours: every a and b is the fusion's ``init``, whatever the removed block was.
 
     Attributes:
         keeps_block: the removed block stays beside the model until the layer has been fitted to its outputs.
     """
     keeps_block = False
 
-    def fit(self, fusion: Fusion, targets: dict[str, Tensor], pairs: dict[str, Pair],
-            shapes: dict[str, Shape]) -> Fit:
-        """The start of the fusion's parameters; arguments as for :meth:`~.fusions.Fusion.fit`."""
-        return fusion.fit(targets, pairs, shapes)
-
     def __repr__(self) -> str:
-        return f'{type(self).__name__}()'
+        return 'Average()'
 
 
 @STARTS.register_module()
-class Average(Start):
-    """The average of the neighbours: every a and b is the fusion's ``init``, whatever the removed block was."""
-
-
-@STARTS.register_module()
-class LeastSquares(Start):
-    r"""The mixture of the neighbours that is nearest to the removed block's weights.
-
-    .. math:: \min_{a, b} \sum_θ \lVert θ_i - a·θ_p - b·θ_n \rVert^2
-
-    for every group of entries that has a pair (a, b) of its own.
-    """
-
-    def fit(self, fusion: Fusion, targets: dict[str, Tensor], pairs: dict[str, Pair],
-            shapes: dict[str, Shape]) -> Fit:
-        return fusion.fit(targets, pairs, shapes, least_squares=True)
-
-
-@STARTS.register_module()
-class FitOutputs(Start):
+class FitOutputs:
     """What gives the removed block's outputs on training images; see :func:`~.fit_outputs.fit_outputs_`.
 
     Loading a baseline leaves the average; before the first step ``FitOutputsHook``, or a call of ``fit_outputs_``,

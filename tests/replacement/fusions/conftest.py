@@ -33,8 +33,7 @@ def pairs_of() -> Callable[..., dict[str, Pair]]:
 def start_of() -> Callable[..., dict[str, torch.Tensor]]:
     """The parameters that a fusion starts from, in float64."""
     def build(fusion: Fusion, shapes: dict = SHAPES) -> dict[str, torch.Tensor]:
-        made = fusion.new_parameters(shapes, torch.device('cpu'), torch.float64)
-        return {name: parameter.detach() for name, parameter in made.items()}
+        return fusion.start(shapes)
     return build
 
 

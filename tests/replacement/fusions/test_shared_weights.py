@@ -1,7 +1,6 @@
 """SharedWeights: a neighbour's weights as they are, against an ordinary model that uses a module several times."""
 import pytest
 import torch
-from torch import Tensor
 
 from rl_mmdet.replacement import adapt_state_dict, computing_layers, materialize, replace_blocks_
 from rl_mmdet.replacement.fusions import SharedWeights
@@ -68,15 +67,10 @@ def test_detached_the_neighbour_learns_from_its_own_place_only(build, gradients,
 
 
 @sides
-def test_takes_a_baselines_state_dict_and_reports_the_distance(build, baseline, assert_same_state, side):
-    def flat(block: str) -> Tensor:
-        return torch.cat([parameter.flatten() for parameter in baseline.get_submodule(block).parameters()])
-
+def test_takes_a_baselines_state_dict(build, baseline, assert_same_state, side):
     net, state = build(side), baseline.state_dict()
     _, report = adapt_state_dict(net, state)
-    for place in ('layer2.2', 'layer2.3'):
-        expected = (flat(place) - flat(NEIGHBOURS[side][place])).norm() / flat(place).norm()
-        assert report.fits[place].residual == pytest.approx(expected.item())
+    assert report.initialised == list(NEIGHBOURS[side])
     result = net.load_state_dict(state)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert_same_state(net.state_dict(), {key: state[key] for key in net.state_dict()})

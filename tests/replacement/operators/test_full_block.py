@@ -88,18 +88,12 @@ def test_what_is_the_blocks_own_learns_in_every_step_as_in_the_plain_model(build
     assert [bool(found[f'{name}.coeff'].any()) for name in NAMES] == [gradient.get('every') != 8] * 3
 
 
-def test_a_baselines_checkpoint_gives_its_own_tensors_and_fits_the_rest(build, toy_net, randomise_):
-    baseline = randomise_(toy_net(), seed=7)
-    with torch.no_grad():
-        for name in ('conv1.weight', 'norm1.weight', 'norm1.bias'):
-            before, after = (baseline.layer2[index].get_parameter(name) for index in (1, 4))
-            baseline.layer2[2].get_parameter(name).copy_(2 * before - after)
-    net = build(start=dict(type='LeastSquares'))
+def test_a_baselines_checkpoint_gives_its_own_tensors(build, toy_net, randomise_):
+    baseline, net = randomise_(toy_net(), seed=7), build()
     _, report = adapt_state_dict(net, baseline.state_dict())
     assert (report.missing, report.left_over, report.mismatched) == ([], [], {})
-    assert report.fits['layer2.2'].residual < 1e-6
+    assert report.initialised == list(NAMES)
     net.load_state_dict(baseline.state_dict())
-    torch.testing.assert_close(net.layer2[2].coeff, torch.tensor([2., -1.]))
     for key in baseline.state_dict().keys() & net.state_dict().keys():
         assert torch.equal(net.state_dict()[key], baseline.state_dict()[key]), key
 

@@ -156,12 +156,12 @@ def test_state_dicts_of_its_own_and_of_the_baseline(make, randomise_, assert_sam
     source, target = make(name, operator), randomise_(make(name, operator), seed=9)
     adapted, report = adapt_state_dict(target, source.state_dict())
     assert_same_state(adapted, source.state_dict())
-    assert (report.missing, report.left_over, report.fits) == ([], [], {})
+    assert (report.missing, report.left_over, report.initialised) == ([], [], [])
     target.load_state_dict(source.state_dict())
     assert torch.equal(source(*inputs(name)), target(*inputs(name)))
     adapted, report = adapt_state_dict(target, baseline := make(name, None).state_dict())
     assert (report.missing, report.left_over, report.mismatched) == ([], [], {})
-    assert list(report.fits) == ['blocks.1']
+    assert report.initialised == ['blocks.1']
     assert adapted['blocks.1.scale'].tolist() == pytest.approx([operator['scale']] * len(target.blocks[1].scale))
     result = target.load_state_dict(baseline)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])

@@ -16,7 +16,7 @@ def test_gives_its_input_back_and_has_no_state(build, make, shape):
         assert torch.equal(each.blocks[1](x), x)
         assert torch.equal(each(x), each.blocks[2](each.blocks[0](x)))
     adapted, report = adapt_state_dict(net, build(make, None).state_dict())
-    assert (list(report.fits), report.missing, report.left_over) == (['blocks.1'], [], [])
+    assert (report.initialised, report.missing, report.left_over) == (['blocks.1'], [], [])
     net.load_state_dict(adapted)
     net.train()(x).sum().backward()
     assert all(p.grad is not None for p in net.parameters())

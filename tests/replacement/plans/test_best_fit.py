@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from rl_mmdet.replacement import find_chains, replace_blocks_
+from rl_mmdet.replacement.computing_layer import LayerSettings
+from rl_mmdet.replacement.fusions import ScalarFusion
+from rl_mmdet.replacement.gradient import Gradient
+from rl_mmdet.replacement.operators import FullBlock
 from rl_mmdet.replacement.plans import BestFit, Blocks
+from rl_mmdet.replacement.start import Average
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def by_hand(net, block, batches, **settings):
 
 @pytest.mark.parametrize('settings', [
     {},
-    dict(fusion=dict(type='ChannelFusion', adapt=True), start=dict(type='LeastSquares')),
+    dict(fusion=dict(type='ChannelFusion', adapt=True), start=dict(type='FitOutputs')),
     dict(operator=dict(type='SlimBlock', scale=0.5)),
     dict(operator=dict(type='Skip')),
 ])
@@ -94,7 +99,8 @@ def test_a_block_that_would_make_the_choice_invalid_is_passed_over(trained, batc
 def test_measuring_leaves_the_model_alone(trained, batches, snapshot, assert_same_state):
     trained.train()
     before = snapshot(trained)
-    BestFit(0.5, batches).choose(find_chains(trained), trained)
+    settings = LayerSettings(ScalarFusion(), FullBlock(), Gradient(), Average())
+    BestFit(0.5, batches).choose(find_chains(trained), trained, settings)
     after = snapshot(trained)
     assert (after[0], after[2], after[3]) == (before[0], before[2], before[3])
     assert_same_state(after[1], before[1])
@@ -132,6 +138,15 @@ def test_wrong_arguments_raise(p, batches, error, message):
 def test_without_a_model_raises(trained, batches):
     with pytest.raises(ValueError, match='BestFit: it runs the model, so it needs one'):
         BestFit(0.5, batches).choose(find_chains(trained))
+
+
+@pytest.mark.parametrize(('fusion', 'message'), [
+    (dict(type='OwnWeights'), r"replacement.plan: BestFit\(.*\) chooses what is made of other blocks' weights, and"),
+    (dict(type='TransformFusion', rank=9), r'replacement.fusion: layer1.1: TransformFusion: rank=9'),
+])
+def test_a_fusion_that_it_cant_try_is_named(trained, batches, fusion, message):
+    with pytest.raises(ValueError, match=message):
+        replace_blocks_(trained, dict(plan=BestFit(0.5, batches), fusion=fusion))
 
 
 def test_a_block_that_never_runs_raises(trained, batches):

@@ -142,7 +142,7 @@ def test_a_fade_goes_from_the_block_to_the_layer(trained, batches):
                                                      'least 1, got 0'),
     (dict(start=dict(type='FitOutputs', steps=0)), 'steps must be an integer of at least 1, got 0'),
     (dict(start=dict(type='FitOutputs', lr=0)), 'lr must be a number above 0, got 0'),
-    (dict(start=dict(type='Fit')), "unknown type 'Fit'; allowed: Average, FitOutputs, LeastSquares"),
+    (dict(start=dict(type='Fit')), "unknown type 'Fit'; allowed: Average, FitOutputs$"),
     (dict(fusion=dict(type='OwnWeights')), 'OwnWeights has none; leave start out'),
     (dict(fusion=dict(type='ScalarFusion', pretrained='average')), "ScalarFusion has no argument 'pretrained'"),
 ])
