@@ -1,4 +1,4 @@
-"""What limits a fitted start: the part of the removed blocks' effect that width, rank, steps or batches leave unexplained.
+"""What limits a fitted start: the part of removed blocks' effect that width, rank, steps or batches leave unexplained.
 
 MobileNetV2 from ImageNet weights, Aquarium at 320 px, the four blocks replaced that benchmarks/aquarium.py replaces.
 Every row is a fit of its own; what is left unexplained is measured on training images that no fit has seen.
@@ -77,13 +77,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    cfg = load_config(str(ROOT / CONFIG), {'data_root': f'{args.data}/', 'train_dataloader.batch_size': args.batch_size})
+    options = {'data_root': f'{args.data}/', 'train_dataloader.batch_size': args.batch_size}
     most = max(change.get('batches', 0) for changes in CHANGES.values() for change in changes)
-    images = calibration_batches(cfg, most + HELD_OUT)
+    images = calibration_batches(load_config(str(ROOT / CONFIG), options), most + HELD_OUT)
     columns = ['operator', 'changed', 'learned', *(f'{stage}.{index}' for stage, [index] in BLOCKS.items()), 'mean']
     page = ['# What limits a fitted start', '', *__doc__.splitlines()[2:5], '',
-            'e = ‖C(h) − B(h\')‖ / ‖B(h\') − h\'‖, 1 is as if the block were left out; mean over the blocks in the last '
-            f'column. {FIT["batches"]} batches of {args.batch_size} images and {FIT["steps"]} steps unless a row says '
+            'e = ‖C(h) − B(h\')‖ / ‖B(h\') − h\'‖, as docs/pretrained.md says. '
+            f'{FIT["batches"]} batches of {args.batch_size} images and {FIT["steps"]} steps unless a row says '
             f'otherwise; e is of {HELD_OUT} more batches. torch {torch.__version__}, CPU.', '',
             '| ' + ' | '.join(columns) + ' |', '|---|---|' + '---:|' * (len(columns) - 2)]
     for operator, change in trials():

@@ -1,0 +1,38 @@
+"""benchmarks/aquarium.py and fit_limits.py: every row of their tables is a backbone that can be built and trained."""
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config, DictAction
+
+from rl_mmdet.engine import build_model, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(sys, 'path', [str(ROOT / 'benchmarks'), *sys.path])
+    import aquarium
+    import fit_limits
+
+
+@pytest.mark.parametrize('name', [
+    name if name == 'light-fit-fade' else pytest.param(name, marks=pytest.mark.slow) for name in aquarium.VARIANTS])
+def test_a_variants_backbone_trains(name):
+    reader = argparse.ArgumentParser()
+    reader.add_argument('--cfg-options', nargs='*', action=DictAction)
+    options = reader.parse_args(['--cfg-options', *aquarium.VARIANTS[name]]).cfg_options
+    cfg = load_config(str(ROOT / aquarium.CONFIG), options)
+    cfg.model.backbone.init_cfg = None
+    backbone = build_model(Config(dict(model=cfg.model.backbone, default_scope='mmdet')))
+    backbone.train()
+    sum(out.sum() for out in backbone(torch.zeros(1, 3, 32, 32))).backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('operator', 'change'), fit_limits.trials())
+def test_a_rows_fit_can_begin(operator, change):
+    settings = {key: value for key, value in (fit_limits.DEFAULTS[operator] | change).items()
+                if key not in fit_limits.FIT}
+    backbone = dict(type='RLBackbone', backbone='MobileNetV2', replacement=fit_limits.settings(operator, **settings))
+    assert build_model(Config(dict(model=backbone, default_scope='mmdet'))).replacement_report.replaced
