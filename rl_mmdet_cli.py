@@ -57,6 +57,13 @@ def start(tool: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
     engine.run_tool(tool, args)
 
 
+def show_table(table: object) -> None:
+    """Print a table as wide as the terminal, and without one wide enough to be read by other programs."""
+    from rich.console import Console
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=160).print(table)
+
+
 def checkpoint_arguments() -> argparse.ArgumentParser:
     """A parent parser: whether files may run code, and which tensors needn't fit."""
     parser = argparse.ArgumentParser(add_help=False)

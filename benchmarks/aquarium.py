@@ -70,7 +70,7 @@ def command(args: argparse.Namespace) -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument('--data', required=True, help='folder with annotations/ and images/')
     parser.add_argument('--weights', required=True, help="ImageNet weights in the layout of mmdet's MobileNetV2")
     parser.add_argument('--work-dir', type=Path, required=True)

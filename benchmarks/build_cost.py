@@ -6,10 +6,8 @@ limits: 1.1 times the baseline's time and memory, half a second for the import. 
 
     python benchmarks/build_cost.py
 """
-import argparse
 import gc
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -19,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from command_line import Parser, positive, processor
 
 OUT = Path(__file__).resolve().parents[1] / 'docs/results/build_cost.md'
 EVERY_SECOND = dict(plan=dict(type='EveryKth', k=2))
@@ -93,15 +93,9 @@ def peak_memory(name: str, replaced: bool) -> float:
     return in_fresh_process(MEMORY.format(folder=str(Path(__file__).parent), name=name, replaced=replaced))
 
 
-def processor() -> str:
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if sys.platform == 'linux' else []
-    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=11, help='builds of each kind, 11 by default')
+    parser = Parser(__doc__)
+    parser.add_argument('--rounds', type=positive, default=11, help='builds of each kind, 11 by default')
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     # The memory first: a process begins with the peak of the one that started it.

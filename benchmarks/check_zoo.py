@@ -1,10 +1,11 @@
-"""Run mmdet's own configs with replaced backbones, side by side with what they are without."""
+"""Run mmdet's own configs with replaced backbones: build, train one step, predict; and the same without replacement."""
 import argparse
 import math
 import shlex
 import sys
 from pathlib import Path
 
+from command_line import Parser, above_zero, positive
 from rl_mmdet import engine
 from zoo.configs import config_names
 from zoo.coverage import check_configs, require_all
@@ -13,16 +14,15 @@ from zoo.sample import sample
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Run mmdet\'s configs with replaced backbones: build, train one step, '
-                                     'predict; and the same without replacement')
+    parser = Parser(__doc__)
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument('--configs', nargs='+', metavar='GLOB', default=[],
                         help='which configs, e.g. \'faster_rcnn/*r50*\' (default: all that mmdet ships)')
     choice.add_argument('--sample', type=int, metavar='N',
                         help='a quick check: the first N of a fixed list (a cheap config for every folder and backbone '
                         'that runs), which look at few regions of an image')
-    parser.add_argument('--workers', type=int, default=2, help='number of processes, of one thread each')
-    parser.add_argument('--limit', type=float, default=900., metavar='SECONDS', help='most time for one model')
+    parser.add_argument('--workers', type=positive, default=2, help='number of processes, of one thread each')
+    parser.add_argument('--limit', type=above_zero, default=900., metavar='SECONDS', help='most time for one model')
     parser.add_argument('--stop-after', type=float, default=math.inf, metavar='SECONDS', help='begin no further model '
                         'then; 0 makes the page from the record alone')
     parser.add_argument('--json', type=Path, metavar='FILE', help='file for the raw results, one JSON object per line; '

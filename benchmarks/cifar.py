@@ -37,7 +37,7 @@ from cifar_runs.images import Data, read
 from cifar_runs.networks import ARMS, NETWORKS
 from cifar_runs.page import page
 from cifar_runs.training import Recipe, Run, train
-from command_line import Parser, positive
+from command_line import Parser, above_zero, positive
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = dict(epochs=20, seeds=3, batch=512, width=16, train_images=None, test_images=None,
@@ -97,15 +97,8 @@ def describe(row: dict[str, Any]) -> str:
     return f'{name}: {row["accuracy"]:.2%}, loss {row["loss"]:.3f}, {sum(row["seconds"]):.0f} s'
 
 
-def minutes(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f'{text!r} is no number above 0')
-    return value
-
-
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument('--data', type=Path, default=ROOT.parent / 'shared/data/cifar10_q75.npz', help='npz with the '
                         'images as JPEG files (default: ../shared/data/cifar10_q75.npz beside the repository)')
     parser.add_argument('--models', nargs='+', choices=NETWORKS, default=list(NETWORKS))
@@ -117,7 +110,7 @@ def parse() -> argparse.Namespace:
                         '12 times as many (default: 16)')
     parser.add_argument('--train-images', type=positive, metavar='N', help='only the first N')
     parser.add_argument('--test-images', type=positive, metavar='N', help='only the first N')
-    parser.add_argument('--minutes', type=minutes, default=float('inf'), help='when to end; what isn\'t finished by '
+    parser.add_argument('--minutes', type=above_zero, default=float('inf'), help='when to end; what isn\'t finished by '
                         'then is named on the page')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--jobs', type=positive, default=1, help='trainings side by side, in processes; their times '

@@ -11,6 +11,7 @@ import torch
 from mmdet.registry import MODELS
 
 import rl_mmdet  # noqa: F401
+from command_line import Parser, positive
 from rl_mmdet.analysis import peak_memory
 from rl_mmdet.replacement import fit_outputs_
 from rl_mmdet.replacement.start import FitOutputs
@@ -48,13 +49,13 @@ def measure(operator: str, args: argparse.Namespace) -> dict[str, object]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--size', nargs=2, type=int, default=(320, 320), metavar=('H', 'W'))
-    parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument('--batches', type=int, default=FitOutputs().batches)
-    parser.add_argument('--steps', type=int, default=FitOutputs().steps)
-    parser.add_argument('--operators', nargs='+', default=OPERATORS)
+    parser.add_argument('--size', nargs=2, type=positive, default=(320, 320), metavar=('H', 'W'))
+    parser.add_argument('--batch', type=positive, default=2)
+    parser.add_argument('--batches', type=positive, default=FitOutputs().batches)
+    parser.add_argument('--steps', type=positive, default=FitOutputs().steps)
+    parser.add_argument('--operators', nargs='+', choices=OPERATORS, default=OPERATORS)
     return parser.parse_args()
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from command_line import Parser, positive
+from command_line import Parser, above_zero, positive
 from gpu_runs.checks import run_checks
 from gpu_runs.common import Clock, why
 from gpu_runs.profiles import run_profile
@@ -37,18 +37,8 @@ LEAST = 5.
 """Seconds without which no part is begun."""
 
 
-def above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.
-    if not 0 < value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text!r} is no number above 0')
-    return value
-
-
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument('--part', nargs='+', choices=PARTS, required=True)
     parser.add_argument('--out', type=Path, required=True, help='folder of the results')
     parser.add_argument('--minutes', type=above_zero, default=5.5, help='in which all parts end (default: 5.5)')

@@ -131,7 +131,7 @@ def page(counts: Counter, args: argparse.Namespace) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument('--kills', type=positive, default=100)
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     parser.add_argument('--out', type=Path, metavar='FILE.md', help='write the result page')

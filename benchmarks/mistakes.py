@@ -1,5 +1,4 @@
 """What tools/train.py says about configs with a mistake in them."""
-import argparse
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ import cv2
 import numpy as np
 
 import rl_mmdet  # noqa: F401  so that the processes below, which are forks, needn't import it
+from command_line import Parser
 
 TRAIN = Path(__file__).resolve().parents[1] / 'tools' / 'train.py'
 SECONDS = 900
@@ -124,7 +124,7 @@ def _shorten(text: str, most: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument('cases', type=Path, metavar='CASES.jsonl')
     parser.add_argument('--only', nargs='+', help='the names of the cases to run')
     parser.add_argument('--out', type=Path, help='write the result page')

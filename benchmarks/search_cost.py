@@ -8,7 +8,6 @@ times medians of ratios to the baseline's step, taken in turns in one process.
 
     python benchmarks/search_cost.py
 """
-import argparse
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import nn
 
+from command_line import Parser, positive
 from rl_mmdet.analysis import count_flops, ratios_to, saved_bytes, seconds_in_turn
 from rl_mmdet.replacement import set_step_
 from rl_mmdet.search import begin_search
@@ -125,12 +125,12 @@ def over_a_search(rows: list[tuple]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--size', type=int, default=256, help='side of the images, in pixels')
-    parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--draws', type=int, default=8,
+    parser = Parser(__doc__)
+    parser.add_argument('--size', type=positive, default=256, help='side of the images, in pixels')
+    parser.add_argument('--rounds', type=positive, default=9)
+    parser.add_argument('--draws', type=positive, default=8,
                         help='steps, each with its own gates, that FLOPs and saved bytes are averaged over')
-    parser.add_argument('--backbones', nargs='+', default=list(BACKBONES), choices=list(BACKBONES))
+    parser.add_argument('--backbones', nargs='+', choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument('--out', type=Path, default=OUT)
     args = parser.parse_args()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

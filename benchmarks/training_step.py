@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from rl_mmdet.replacement import set_step_
 
-BOXES = 20
-"""Objects per image: more than COCO's seven, because anchors fit fewer of them than a trained detector's proposals."""
+BOXES = 10
+"""Objects per image, little more than COCO's seven: their masks, which MMDetection copies on the host in every step,
+then cost what they cost in a training."""
 SGD = dict(lr=0., momentum=0.9, weight_decay=1e-4)
 """mmdet's usual optimizer; at a rate of 0 the weights stay, and with them the work of every step."""
 LOSS_SCALE = 512.

@@ -31,7 +31,7 @@ NAME = re.compile(
     r'_(coco|coco-panoptic|coco-subset|aquarium|bccd|digits|digits-bccd)\.py')     # dataset
 TYPES = {'ResNet': 'RLResNet', 'ResNeXt': 'RLResNeXt', 'SwinTransformer': 'RLSwin', 'CSPNeXt': 'RLBackbone',
          'RLViT': 'RLViT', 'MobileNetV2': 'RLBackbone'}
-OWN_HOOKS = [dict(type=f'{name}Hook') for name in ('FitOutputs', 'RecalibrateNorms', 'LearningSteps', 'FiniteLoss')]
+OWN_HOOKS = [dict(type=f'{name}Hook') for name in ('Start', 'LearningSteps', 'FiniteLoss')]
 DIFFERENCES = {'custom_imports', 'custom_hooks', 'model.backbone.type', 'model.backbone.replacement',
                'optim_wrapper.constructor'}
 UNDER_ANOTHER_TYPE = {'model.backbone.backbone'}  # RLBackbone also says which backbone
@@ -207,7 +207,7 @@ def test_config_of_a_search_differs_from_its_baseline_only_in_the_search(path):
     assert {key for key in ours | baseline if ours.get(key) != baseline.get(key)} == expected
     assert load(path).model.backbone.type == TYPES[load(baseline_of(path)).model.backbone.type]
     hooks = [hook['type'] for hook in load(path).custom_hooks]
-    assert hooks == ['RecalibrateNormsHook', 'LearningStepsHook', 'FiniteLossHook', 'SearchHook'][2 * (path in SWR):]
+    assert hooks == ['StartHook', 'LearningStepsHook', 'FiniteLossHook', 'SearchHook'][2 * (path in SWR):]
 
 
 @pytest.mark.parametrize('path', [path for path in LEARNED if path.parent.name == 'swr'], ids=stem)

@@ -1,7 +1,7 @@
 """Show the blocks of a config's backbone: kept or replaced, by which neighbours, or why not; or what could be saved."""
 import argparse
 
-from rl_mmdet_cli import config_arguments, start
+from rl_mmdet_cli import config_arguments, show_table, start
 
 
 def parse_args() -> argparse.Namespace:
@@ -13,8 +13,6 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from rl_mmdet import analysis, engine
     cfg = engine.load_config(args.config, args.cfg_options)
     lines = []
@@ -22,8 +20,7 @@ def main(args: argparse.Namespace) -> None:
         table, lines = analysis.savings_table(cfg)
     else:
         table = analysis.block_table(cfg)
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=160).print(table)
+    show_table(table)
     if lines:
         print('in the config, model.backbone gets', *lines, sep='\n')
 

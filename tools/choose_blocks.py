@@ -1,7 +1,7 @@
 """Find the blocks of a trained backbone that their neighbours explain best, and print them as a plan."""
 import argparse
 
-from rl_mmdet_cli import config_arguments, start
+from rl_mmdet_cli import config_arguments, show_table, start
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,16 +20,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from rl_mmdet import analysis, engine
     cfg = engine.load_config(args.config, args.cfg_options)
     trials = analysis.choose_blocks(cfg, args.checkpoint, args.p, batches=args.batches, steps=args.steps,
                                     fusion=args.fusion, operators=args.operator, ignore_keys=args.ignore_keys,
                                     allow_pickle=args.allow_pickle)
-    console = Console()
-    table = analysis.error_table(trials)
-    console.print(table) if console.is_terminal else Console(width=160).print(table)
+    show_table(analysis.error_table(trials))
     print(*analysis.cost_lines(trials), *analysis.warning_lines(trials), sep='\n')
     print(f'plan={trials[0].report.as_plan}')
 

@@ -1,6 +1,7 @@
 """What the parts of benchmarks/gpu.py share: the clock, timing by the GPU's events, pages."""
 import argparse
 import datetime
+import gc
 import json
 import os
 import shlex
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from train_step import processor, short_reason
+from command_line import processor
+from zoo.reasons import short_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OVER = 4.
@@ -63,6 +65,12 @@ def why(error: Exception) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return 'out of memory'
     return f'{type(error).__name__}: {short_reason(error)}'[:200]
+
+
+def clear(device: str) -> None:
+    gc.collect()
+    if device == 'cuda':
+        torch.cuda.empty_cache()
 
 
 def synchronise(device: str) -> None:

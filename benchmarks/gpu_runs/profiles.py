@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from rl_mmdet.replacement import set_step_
 from rl_mmdet.replacement.computing_layer import ComputingLayer
-from train_step import Case, Subject, backbone_of, chosen_blocks, clear
+from step_variants import Case, Subject, backbone_of, chosen_blocks
 from training_step import TrainingStep, backbone_step
 
-from .common import Clock, cells, environment, head, heading, milliseconds, synchronise, why, write
+from .common import Clock, cells, clear, environment, head, heading, milliseconds, synchronise, why, write
 from .variants import build
 
 PROFILED = {'baseline': None, 'folded': None, 'every-8, no block learns': False, 'every-8, all blocks learn': True,

@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from rl_mmdet.analysis import count_flops, saved_bytes, trainable_parameters
 from rl_mmdet.replacement import set_step_
-from train_step import Case, Subject, chosen_blocks, clear, count_calls
+from step_variants import Case, Subject, chosen_blocks
 from training_step import TrainingStep, counted_regions
 
-from .common import Clock, environment, milliseconds, synchronise, why, write
+from .common import Clock, clear, environment, milliseconds, synchronise, why, write
 from .steps_page import goal_lines, page, table_lines
 from .variants import build, cases_of, context_of
 
@@ -87,7 +87,7 @@ class _Measurement:
     def run(self) -> None:
         self.build_all()
         self.take_turns()
-        for what in (self.kernels, self.counts):
+        for what in (self.counts,) if self.device == 'cpu' else (self.kernels, self.counts):
             for name in list(self.subjects):
                 if self.clock.left() < 2 * self.steps * self.seconds.get(name, 0.):
                     return
@@ -164,11 +164,7 @@ class _Measurement:
             row['peak'] = row['own'] + row['step_peak']
 
     def kernels(self, subject: Subject) -> Row:
-        """Number of kernels of one step, the milliseconds in which they and the copies run; on a CPU, of calls."""
-        if self.device == 'cpu':
-            found = dict(kernels=count_calls(subject.step.forward_backward))
-            subject.step.optimizer.zero_grad()
-            return found
+        """Number of kernels of one step, the milliseconds in which they and the copies run."""
         with profile(activities=[ProfilerActivity.CUDA]) as record:
             subject.step()
             torch.cuda.synchronize()

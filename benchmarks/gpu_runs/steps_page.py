@@ -1,8 +1,10 @@
 """The page of part B."""
 from typing import Any
 
+from training_step import BOXES
+
 from .common import cells, head, heading
-from .variants import BOXES, GOALS
+from .variants import GOALS
 
 COLUMNS = ('variant', 'ms', 'time, × baseline (range)', 'host, ms', 'kernels', 'kernels run, ms',
            'kernels run, × baseline', 'copies run, ms', 'busy', 'peak, GB', 'peak, × baseline', 'parameters, M',

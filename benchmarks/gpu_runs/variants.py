@@ -7,9 +7,8 @@ import torch
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval_for_single_model
 from torch import nn
 
-import training_step
 from rl_mmdet.folding import fold_norm
-from train_step import MASK_R50, MASK_R101, RETINA_R50, SWIN_T, VIT_B, Case, Subject, backbone_of
+from step_variants import MASK_R50, MASK_R101, RETINA_R50, SWIN_T, VIT_B, Case, Subject, backbone_of
 
 GOALS = {'folded': (.85, .70), 'slim+fold': (.65, .50), 'every-8+fold': (.80, .70), 'recompute+fold': (.90, .55)}
 """The first case, the whole step against the plain baseline: time and peak memory."""
@@ -39,9 +38,6 @@ SMALL_CASES = (
     Case(TINY, 'detector', (96, 96), 1, 'fp16', variants=('baseline', 'slim')),
     Case(TINY, 'detector', (96, 96), 1, variants=('baseline', 'compiled')),
 )
-BOXES = 10
-"""Objects per image, little more than COCO's seven: their masks, which MMDetection copies on the host in every step,
-then cost what they cost in a training."""
 
 
 def cases_of(small: bool) -> tuple[Case, ...]:
@@ -49,10 +45,9 @@ def cases_of(small: bool) -> tuple[Case, ...]:
 
 
 def build(case: Case, name: str, choice: dict, blocks: list[str], device: str, source: nn.Module | None) -> Subject:
-    """A variant of train_step.py, or one of three that exist only here."""
+    """A variant of step_variants.py, or one of three that exist only here."""
     known = {'efficient': 'baseline', 'compiled': 'baseline', 'folded-alone': 'folded'}.get(name, name)
-    with patch.object(training_step, 'BOXES', BOXES):
-        subject = Subject(case, known, choice, blocks, device, source)
+    subject = Subject(case, known, choice, blocks, device, source)
     backbone = backbone_of(subject.step.model)
     if name == 'efficient':
         turn_on_efficient_conv_bn_eval_for_single_model(backbone)

@@ -41,12 +41,7 @@ def check_configs(names: Iterable[str], *, workers: int = 2, limit: float = 900.
 
     Returns:
         Outcomes in the order of ``names``.
-
-    Raises:
-        UserError: no worker.
     """
-    if workers < 1:
-        raise UserError(f'--workers {workers}: must be at least 1')
     configs = [read_config(name) for name in names]
     shared = Counter(config.key for config in configs)
     results = {config.key: Result(config.name, FAILS, reason=config.reason) for config in configs if not config.model}

@@ -1,6 +1,6 @@
 _base_ = 'rtmdet_r50_8xb32-300e_coco.py'
 custom_imports = dict(imports=['rl_mmdet'], allow_failed_imports=False)
-custom_hooks = [*_base_.custom_hooks, dict(type='FitOutputsHook'), dict(type='RecalibrateNormsHook'),
-                dict(type='LearningStepsHook'), dict(type='FiniteLossHook')]
+custom_hooks = [*_base_.custom_hooks, dict(type='StartHook'), dict(type='LearningStepsHook'),
+                dict(type='FiniteLossHook')]
 model = dict(backbone=dict(type='RLResNet', replacement=dict(plan=dict(type='EveryKth', k=2))))
 optim_wrapper = dict(constructor='RLOptimWrapperConstructor')

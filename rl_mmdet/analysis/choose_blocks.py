@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..engine import UserError, build_model, load_checkpoint_, read_checkpoint
+from ..engine.config import without_workers
 from ..engine.preflight import check_data, make_data
 from ..models.backbones.replacement_mixin import replace_in_backbone_
 from ..models.layouts import state_dict_of
@@ -98,7 +99,7 @@ def _try(backbone: nn.Module, settings: Mapping[str, Any], p: float, inputs: lis
     return Trial(report.settings['operator'], report, plan.errors, flops)
 
 
-def calibration_batches(cfg: Config, count: int, seed: int = 0) -> list[Tensor]:
+def calibration_batches(cfg: Config, count: int) -> list[Tensor]:
     """The first batches of ``cfg.train_dataloader`` as the backbone gets them, the same ones at every call.
 
     Raises:
@@ -109,9 +110,8 @@ def calibration_batches(cfg: Config, count: int, seed: int = 0) -> list[Tensor]:
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     check_data(cfg, 'train')
     make_data(cfg, 'train')
-    set_random_seed(seed)
-    settings = {key: value for key, value in copy.deepcopy(cfg.train_dataloader).items() if key != 'prefetch_factor'}
-    loader = Runner.build_dataloader(dict(settings, num_workers=0, persistent_workers=False), seed=seed)
+    set_random_seed(0)
+    loader = Runner.build_dataloader(without_workers(copy.deepcopy(cfg.train_dataloader)), seed=0)
     preprocessor = MODELS.build(cfg.model.get('data_preprocessor') or dict(type='mmdet.DetDataPreprocessor'))
     inputs = [preprocessor(batch, True)['inputs'] for batch in islice(loader, count)]
     if not inputs:

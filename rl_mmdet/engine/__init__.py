@@ -4,12 +4,11 @@ from .config import add_import_, add_rl_defaults_, load_config
 from .errors import NonFiniteLossError, UserError
 from .hooks import (
     FiniteLossHook,
-    FitOutputsHook,
     LearningStepsHook,
     LogCoefficientsHook,
-    RecalibrateNormsHook,
     ResumeHook,
     SearchHook,
+    StartHook,
     WholeCheckpointHook,
 )
 from .interrupt import saved_when_stopped
@@ -22,9 +21,9 @@ from .resume import begin_or_resume_, checkpoints_in
 from .search import take_found_
 
 __all__ = [
-    'FiniteLossHook', 'FitOutputsHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
-    'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'RecalibrateNormsHook', 'ResumeHook',
-    'SearchHook', 'UserError', 'WholeCheckpointHook', 'add_import_', 'add_rl_defaults_', 'begin_or_resume_',
+    'FiniteLossHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
+    'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'ResumeHook', 'SearchHook', 'StartHook',
+    'UserError', 'WholeCheckpointHook', 'add_import_', 'add_rl_defaults_', 'begin_or_resume_',
     'build_model', 'build_runner', 'check_testing', 'check_training', 'checkpoints_in', 'inspect_training',
     'load_checkpoint_', 'load_config', 'read_checkpoint', 'resume_checkpoint', 'run_tool', 'safe_reading',
     'saved_when_stopped', 'take_found_', 'write_new_configs',

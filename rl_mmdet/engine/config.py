@@ -13,6 +13,8 @@ from ..search import TRANSFERS
 from .errors import UserError, first_line
 
 SYNCHRONISED = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
+OF_WORKERS = ('prefetch_factor', 'timeout', 'multiprocessing_context')
+"""Settings of a data loader that make no sense without worker processes."""
 LOADERS_AND_EVALUATORS = ('train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator', 'test_evaluator')
 CONSTRUCTORS = {None: 'RLOptimWrapperConstructor', 'DefaultOptimWrapperConstructor': 'RLOptimWrapperConstructor',
                 'LearningRateDecayOptimizerConstructor': 'RLLearningRateDecayOptimizerConstructor'}
@@ -76,15 +78,14 @@ def add_rl_defaults_(cfg: Config) -> Config:
     """Add, where they are absent, the hooks and the optimizer-wrapper constructor that RL training needs.
 
     Every config gets ``FiniteLossHook`` and ``ResumeHook``, and ``WholeCheckpointHook`` for MMEngine's hook. One with a
-    ``replacement`` also gets ``FitOutputsHook``, ``RecalibrateNormsHook``, ``LearningStepsHook``,
-    ``LogCoefficientsHook``, and our constructors in place of MMEngine's default one and MMDetection's for layer
-    decay; another constructor stays. One that searches gets ``SearchHook``, and where it searches for a plan DDP is
-    told that a step doesn't use all parameters.
+    ``replacement`` also gets ``StartHook``, ``LearningStepsHook``, ``LogCoefficientsHook``, and our constructors in
+    place of MMEngine's default one and MMDetection's for layer decay; another constructor stays. One that searches gets
+    ``SearchHook``, and where it searches for a plan DDP is told that a step doesn't use all parameters.
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook', 'ResumeHook']
     if uses_replacement(cfg):
-        wanted += ['FitOutputsHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
+        wanted += ['StartHook', 'LearningStepsHook', 'LogCoefficientsHook']
         wrapper = cfg.get('optim_wrapper')
         constructor = wrapper and CONSTRUCTORS.get(type_name(wrapper.get('constructor')))
         if constructor:
@@ -123,6 +124,12 @@ def for_one_process(node: Any) -> Any:
         own = {key: for_one_process(value) for key, value in node.items()}
         return own | (dict(type='BN') if type_name(own) in SYNCHRONISED else {})
     return type(node)(map(for_one_process, node)) if isinstance(node, (list, tuple)) else node
+
+
+def without_workers(loader: Mapping) -> dict[str, Any]:
+    """A data loader's settings in which it has no processes of its own."""
+    return {key: value for key, value in loader.items() if key not in OF_WORKERS} | dict(
+        num_workers=0, persistent_workers=False)
 
 
 def uses_replacement(cfg: Config) -> bool:

@@ -1,5 +1,4 @@
 """A first pair of configs for a user's own COCO data: a baseline like one of MMDetection's, and its RL twin."""
-import json
 import math
 import os
 import os.path as osp
@@ -15,10 +14,11 @@ from mmengine.config import Config
 
 from ..models.backbones.rl_backbone import rl_type_of
 from .config import add_import_, add_rl_defaults_, load_config, nested_dicts, type_name, uses_replacement
-from .errors import UserError, first_line
+from .errors import UserError
 from .files import check_new_file, write_text
 from .preflight import build_model
-from .preflight.guard import find_class
+from .preflight.annotations import INSTANCE_KEYS, check_annotations, read_annotations
+from .preflight.guard import find_class, named
 
 EXAMPLE = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 STEPS, MOST_EPOCHS = 5000, 100
@@ -88,18 +88,14 @@ def write_new_configs(base: str, train: str, val: str, images: Sequence[str] = (
 
 
 def _read(path: str, folder: str) -> _Coco:
-    """What is in an annotation file; a UserError if that isn't COCO's, or its images aren't found."""
-    try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
-        images, objects, categories = (content[key] for key in ('images', 'annotations', 'categories'))
-        files = [image['file_name'] for image in images]
-        names = [category['name'] for category in categories]
-        masks = any(each.get('segmentation') for each in objects)
-    except OSError as error:
-        raise UserError(f'--coco {path}: can\'t be read ({error.strerror})') from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'--coco {path}: not a COCO annotation file, which has images with file_name, annotations, and '
-                        f'categories with name ({first_line(error)})') from None
+    """What is in an annotation file; a UserError if MMDetection can't read that, or its images aren't found."""
+    with named('--coco'):
+        content = read_annotations(path)
+        check_annotations(path, content, None, INSTANCE_KEYS)
+    files = [image['file_name'] for image in content['images']]
+    names = [category['name'] for category in content.get('categories') or []]
+    objects = content.get('annotations') or []
+    masks = any(each.get('segmentation') for each in objects)
     if not (files and objects and names) or len(set(names)) < len(names):
         raise UserError(f'--coco {path}: it has {len(files)} images, {len(objects)} annotations and the categories '
                         f'{names}; at least one of each is needed, and no name twice')

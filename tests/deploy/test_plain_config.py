@@ -10,7 +10,7 @@ OURS = """
 custom_imports = dict(imports=['mine', 'rl_mmdet'], allow_failed_imports=False)
 replacement = dict(plan=dict(type='EveryKth', k=2))
 model = dict(type='ATSS', backbone=dict(type='RLResNet', replacement=replacement))
-custom_hooks = [dict(type='RecalibrateNormsHook'), dict(type='EMAHook'), dict(type='FiniteLossHook')]
+custom_hooks = [dict(type='StartHook'), dict(type='EMAHook'), dict(type='FiniteLossHook')]
 default_hooks = dict(checkpoint=dict(type='WholeCheckpointHook', interval=2))
 optim_wrapper = dict(constructor='RLOptimWrapperConstructor', clip_grad=dict(max_norm=10))
 load_from, resume, work_dir = 'baseline.pth', True, 'work'

@@ -52,7 +52,7 @@ val_evaluator = dict(ann_file=data_root + 'annotations/val.json', outfile_prefix
 
 
 OF_ALL = ['FiniteLossHook', 'ResumeHook']
-OF_REPLACED = [*OF_ALL, 'FitOutputsHook', 'RecalibrateNormsHook', 'LearningStepsHook', 'LogCoefficientsHook']
+OF_REPLACED = [*OF_ALL, 'StartHook', 'LearningStepsHook', 'LogCoefficientsHook']
 
 
 @pytest.mark.parametrize(('replacement', 'given', 'hooks', 'constructor'), [

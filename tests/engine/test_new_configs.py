@@ -80,8 +80,9 @@ def test_every_head_gets_the_classes_and_another_backbone_its_replacement(write,
 
 @pytest.mark.parametrize(('train', 'val', 'options', 'complaint'), [
     (coco(4), coco(4, ['dog', 'cat']), {}, 'both need the same categories in the same order'),
-    ('{"images": [', coco(4), {}, 'train.json: not a COCO annotation file'),
-    ({**coco(4), 'categories': []}, coco(4), {}, r'the categories \[\]; at least one'),
+    ('{"images": [', coco(4), {}, '--coco: .*train.json: truncated, or not a JSON file'),
+    (coco(4), {**coco(4), 'categories': [dict(id=3)]}, {}, "val.json: category 3 has no 'name'"),
+    ({**coco(4), 'annotations': []}, coco(4), {}, '0 annotations and the categories .*; at least one'),
     (coco(4), coco(4), dict(images=['elsewhere']), "--images elsewhere: 0.png, the first image of .* isn't in"),
     (coco(4), coco(4), dict(images=['a', 'b', 'c']), '--images: one folder, or two .* got 3'),
     (coco(4), coco(4), dict(base='mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'), 'learns masks'),

@@ -47,7 +47,7 @@ SEARCH = '''
 plan = dict(_delete_=True, type='LearnedPlan', budget=dict(params=0.8))
 model = dict(
     backbone=dict(base_channels=4, norm_eval=False, replacement=dict(plan=plan)), neck=dict(in_channels=[4, 8, 16, 32]))
-custom_hooks = [dict(type='SearchHook', interval=2), dict(type='RecalibrateNormsHook', num_batches=2),
+custom_hooks = [dict(type='SearchHook', interval=2), dict(type='StartHook', num_batches=2),
                 dict(type='LearningStepsHook')]
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, max_keep_ckpts=-1))
 train_dataloader['dataset']['num_images'] = 4

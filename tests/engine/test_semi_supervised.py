@@ -46,7 +46,7 @@ def semi(path: str, work_dir: Path, **backbone: object) -> Config:
     loader.batch_sampler = None
     loader.dataset = dict(type='ConcatDataset', datasets=[
         dict(scenes, pipeline=LABELLED), dict(scenes, pipeline=UNLABELLED)])
-    cfg.custom_hooks = [dict(type='RecalibrateNormsHook', num_batches=2), dict(type='MeanTeacherHook')]
+    cfg.custom_hooks = [dict(type='StartHook', num_batches=2), dict(type='MeanTeacherHook')]
     cfg.visualizer.name = cfg.experiment_name = str(work_dir)  # of a name there is one in a process
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     return cfg

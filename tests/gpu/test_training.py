@@ -41,7 +41,7 @@ optim_wrapper = dict(constructor='RLOptimWrapperConstructor')
 '''
 REPLACED = "model['backbone'].update(fold_norm=True, replacement=dict(plan=dict(type='EveryKth', k=2){more}))\n"
 SEARCHED = '''
-custom_hooks = [dict(type='SearchHook', interval=2), dict(type='RecalibrateNormsHook', num_batches=2)]
+custom_hooks = [dict(type='SearchHook', interval=2), dict(type='StartHook', num_batches=2)]
 model['backbone'].update({setting})
 '''
 RUNS = {

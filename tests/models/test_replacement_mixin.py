@@ -38,7 +38,7 @@ def test_a_training_without_our_hooks_and_constructor_says_so_once(warnings):
     model(image)
     model(image)
     [warning] = warnings
-    assert warning.startswith('RLResNet: this training lacks RecalibrateNormsHook, LearningStepsHook, '
+    assert warning.startswith('RLResNet: this training lacks StartHook, LearningStepsHook, '
                               'optim_wrapper.constructor=RLOptimWrapperConstructor')
 
 

@@ -164,8 +164,7 @@ model = dict(backbone=dict(type='RLResNet', replacement=_base_.replacement, **_b
     cfg = Config.fromfile(path)
     assert cfg.model.backbone.fold_norm
     assert build_backbone(cfg).replacement_report.replaced == {'layer2': [1], 'layer3': [1, 3], 'layer4': [1]}
-    assert [hook.type for hook in cfg.custom_hooks] == ['FitOutputsHook', 'RecalibrateNormsHook', 'LearningStepsHook',
-                                                        'FiniteLossHook']
+    assert [hook.type for hook in cfg.custom_hooks] == ['StartHook', 'LearningStepsHook', 'FiniteLossHook']
 
 
 def test_contributing_operator_runs_learns_and_materializes():

@@ -11,7 +11,7 @@ from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 
 from ...engine import UserError, build_model, load_checkpoint_, take_found_
-from ...engine.config import for_one_process, type_name
+from ...engine.config import for_one_process, type_name, without_workers
 from ...engine.preflight.guard import quiet
 from ...engine.preflight.model import pretrained_inits
 from ...engine.search import searched_module
@@ -21,8 +21,6 @@ from ...replacement.saved_bytes import saved_bytes
 from ..cost import mean_over_steps, peak_memory, trainable_parameters
 
 PEAK_OF = {'cuda': "torch's CUDA allocator", 'cpu': "torch's CPU allocator"}
-WORKERS = ('prefetch_factor', 'timeout', 'multiprocessing_context')
-"""Settings of a data loader that make no sense without worker processes."""
 AMP = ('loss_scale', 'dtype', 'use_fsdp')
 """Settings of an optimizer wrapper that only one for mixed precision has."""
 SCALING = 20
@@ -138,8 +136,7 @@ class Loaders:
 
     def first_batch(self, cfg: Config, phase: str, **changes: Any) -> dict[str, Any]:
         """A batch of one's own, loaded with seed 0 and in this process."""
-        settings = {key: value for key, value in cfg[f'{phase}_dataloader'].items() if key not in WORKERS}
-        settings |= dict(num_workers=0, persistent_workers=False, **changes)
+        settings = without_workers(cfg[f'{phase}_dataloader']) | changes
         if not any(known == settings for known, _ in self.known):
             set_random_seed(0)
             with quiet():

@@ -18,7 +18,7 @@ from ..detectors import plain_model
 from ..errors import UserError
 from ..files import write_text
 from ..search import FOUND, SEARCH, drop_parameters_, found_config, found_config_file, searched_module, set_found_
-from .recalibrate_norms import RecalibrateNormsHook
+from .start import StartHook
 
 
 @HOOKS.register_module()
@@ -137,7 +137,7 @@ class SearchHook(Hook):
         drop_parameters_(runner.optim_wrapper, _schedulers(runner), model)
         self._wrap_again_(runner, model)
         for hook in runner.hooks:
-            if isinstance(hook, RecalibrateNormsHook):
+            if isinstance(hook, StartHook):
                 hook.recalibrate(runner)
         for average in averages:
             _copy_statistics_(model, average.module)

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import UserError
 
 IMAGE_KEYS = ('id', 'file_name', 'height', 'width')
+CATEGORY_KEYS = ('id', 'name')
 INSTANCE_KEYS = ('id', 'image_id', 'category_id', 'bbox', 'area')
 """What MMDetection's ``CocoDataset`` reads; pycocotools reads ``iscrowd`` as well."""
 
@@ -25,7 +26,7 @@ def read_annotations(path: str, must: bool = True) -> dict[str, Any] | None:
             content = json.load(file) if must or path.endswith('.json') else None
     except (ValueError, OSError) as error:
         if must:
-            raise UserError(f'{path}: truncated, or not a JSON file ({error})') from None
+            raise UserError(f'{path}: truncated, or not a JSON file ({getattr(error, "strerror", error)})') from None
         return None
     if isinstance(content, Mapping) and isinstance(content.get('images'), list):
         return content
@@ -47,9 +48,10 @@ def check_annotations(path: str, content: Mapping[str, Any], classes: Sequence[s
     Raises:
         UserError: the first mistake found, with the image's or the annotation's id.
     """
-    images, instances = content['images'], content.get('annotations') or []
+    images, categories, instances = (content.get(key) or [] for key in ('images', 'categories', 'annotations'))
     _check_entries(path, 'image', images, IMAGE_KEYS)
-    names = {category.get('id'): category.get('name') for category in content.get('categories') or []}
+    _check_entries(path, 'category', categories, CATEGORY_KEYS)
+    names = {category['id']: category['name'] for category in categories}
     missing = [name for name in classes or () if name not in names.values()]
     if missing:
         raise UserError(f'metainfo.classes has {missing[:5]}, but {path} has the categories '

@@ -85,8 +85,7 @@ def _warn_of_what_is_missing(backbone: nn.Module, _: Any) -> None:
         del hooks[key]
     layers = computing_layers(backbone).values()
     lacks = {
-        'FitOutputsHook': any(layer.fit_wanted for layer in layers),
-        'RecalibrateNormsHook': bool(stale_norms(backbone)),
+        'StartHook': any(layer.fit_wanted for layer in layers) or bool(stale_norms(backbone)),
         'LearningStepsHook': any(layer.turn is None and layer.gradient.every > 1 for layer in layers),
         'optim_wrapper.constructor=RLOptimWrapperConstructor (or RLLayerDecayOptimWrapperConstructor), without which '
         'weight decay pulls replaced blocks to zero': any(layer.learned and not layer.undecayed for layer in layers)}

@@ -20,7 +20,7 @@ class Average:
 class FitOutputs:
     """What gives the removed block's outputs on training images; see :func:`~.fit_outputs.fit_outputs_`.
 
-    Loading a baseline leaves the average; before the first step ``FitOutputsHook``, or a call of ``fit_outputs_``,
+    Loading a baseline leaves the average; before the first step ``StartHook``, or a call of ``fit_outputs_``,
     fits all that the computing layers learn. Until then the removed blocks stay on the CPU. Nothing is fitted where a
     replaced model's own checkpoint is loaded, nor in a resumed training.
 

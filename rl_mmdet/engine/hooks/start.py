@@ -1,4 +1,4 @@
-"""Fit computing layers to the blocks that they replace, before the first step."""
+"""What computing layers begin with, before the first step: a fit to the removed blocks, fresh norm statistics."""
 import time
 from collections.abc import Iterable, Iterator
 
@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from ...replacement import recalibrate_norms_, stale_norms
+from ...replacement.checks import check_number
 from ...replacement.start import Fade, FitOutputs, Unexplained, fit_outputs_, layers_to_fit
 from ..calibration import feature_extractor, images_of, training_batches
 from ..detectors import plain_model
@@ -21,20 +23,29 @@ STEPS_TO_ESTIMATE = 5
 
 
 @HOOKS.register_module()
-class FitOutputsHook(Hook):
-    """Carry out ``replacement.start=dict(type='FitOutputs')`` once a baseline's weights are loaded.
+class StartHook(Hook):
+    """Finish what computing layers begin with, once a baseline's weights are loaded and before the first step.
 
-    It works before the first step, and neither in a resumed training nor after a replaced model's own checkpoint. The
-    batches are random ones of the training set, the same for the same seed; they and the fit are in float32, also
-    where training isn't. Under DDP every process has its own batches and gradients are averaged, so that all end with
-    the same weights. See :func:`~rl_mmdet.replacement.fit_outputs_`.
+    First it carries out ``replacement.start=dict(type='FitOutputs')``
+    (:func:`~rl_mmdet.replacement.fit_outputs_`), in float32 also where training isn't. Then replaced blocks get fresh
+    BatchNorm statistics where they have new weights and would run on the removed block's (``norm_eval=True``)
+    (:func:`~rl_mmdet.replacement.recalibrate_norms_`). Nothing is done in a resumed training or after a replaced
+    model's own checkpoint. The batches are random ones of the training set, the same for the same seed. Under DDP every
+    process has its own, and gradients and statistics are averaged.
 
-    With ``fade`` it then lets the removed blocks fade out (:class:`~rl_mmdet.replacement.start.Fade`). Checkpoints hold
-    them as long as that lasts, so that a training can be resumed in between.
+    With ``fade`` the removed blocks then fade out (:class:`~rl_mmdet.replacement.start.Fade`). Checkpoints hold them as
+    long as that lasts, so that a training can be resumed in between.
+
+    Args:
+        num_batches: batches per process for the statistics, augmented as in training.
+
+    Raises:
+        ValueError: ``num_batches`` below 1.
     """
-    priority = 'ABOVE_NORMAL'  # before RecalibrateNormsHook, which then has less to do
+    priority = 'BELOW_NORMAL'  # after MeanTeacherHook, which gives the teacher the student's weights
 
-    def __init__(self) -> None:
+    def __init__(self, num_batches: int = 20) -> None:
+        self.num_batches = check_number('StartHook: num_batches', num_batches, whole=True, least=1)
         self.fades: dict[str, Fade] = {}
         self.saved: dict[str, dict] | None = None
 
@@ -55,6 +66,7 @@ class FitOutputsHook(Hook):
         if layers and self.saved is None:
             self._fit(runner, model, next(iter(layers.values())).start)
         self.fades = {name: Fade(layer) for name, layer in layers_to_fit(model).items()}
+        self.recalibrate(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         for fade in self.fades.values():
@@ -64,6 +76,18 @@ class FitOutputsHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if self.fades:
             checkpoint[REMOVED_BLOCKS] = {name: fade.block.state_dict() for name, fade in self.fades.items()}
+
+    def recalibrate(self, runner: Runner) -> None:
+        """Give fresh statistics now, if the weights of some replaced blocks are newer than theirs."""
+        model = plain_model(runner)
+        mode = model.training
+        model.train()
+        if stale_norms(model):
+            run = feature_extractor(model, stale_norms)
+            count = recalibrate_norms_(model, training_batches(runner, self.num_batches),
+                                       run=lambda batch: run(model, images_of(model, batch)), reduce=_average)
+            print_log(f'recalibrated {count} BatchNorms of replaced blocks on {self.num_batches} batches', 'current')
+        model.train(mode)
 
     def _fit(self, runner: Runner, model: nn.Module, start: FitOutputs) -> None:
         """Fit all layers of ``model`` that still have their block."""
@@ -79,11 +103,15 @@ class FitOutputsHook(Hook):
         found = fit_outputs_(
             model, batches[:count], start.steps, start.lr,
             run=lambda whole, inputs: run(whole, [images.to(device) for images in inputs]),
-            reduce=lambda tensor: all_reduce(tensor, op='mean'), track=_with_estimate, keep=start.fade > 0)
+            reduce=_average, track=_with_estimate, keep=start.fade > 0)
         model.train(mode)
         print_log(f'{len(found)} computing layers fitted to the blocks that they replace in '
                   f'{time.monotonic() - began:.0f} s, on {count} batches; left unexplained (1: as if left out):\n'
                   f'{_table(found)}', 'current')
+
+
+def _average(tensor: torch.Tensor) -> None:
+    all_reduce(tensor, op='mean')
 
 
 def _with_estimate(steps: Iterable[int]) -> Iterator[int]:
