@@ -42,6 +42,7 @@ VARIANTS = {
     'pair-per-tensor': (*TRANSFORM, f'{R}fusion.rank=0', EVERY_STEP),
     'fast-pair': (*REPLACED, 'optim_wrapper.constructor=RLOptimWrapperConstructor',
                   'optim_wrapper.paramwise_cfg.custom_keys.coeff.lr_mult=10'),
+    'light-fit-500-fade': (*SLIM, FIT, f'{R}start.steps=500', FADE),
     'light-fit-fade-coupled': (*SLIM, FIT, FADE, f'{R}gradient.mode=coupled'),
     'depthwise-fit-fade': (*LIGHT, f'{R}operator.type=DepthwiseBlock', FIT, FADE),
     'scalar-fit': (*REPLACED, FIT, EVERY_STEP),

@@ -29,8 +29,7 @@ CHANGES = {
     'Skip': [],
     'FullBlock': [dict(share=0.05), dict(share=1.0), dict(steps=50), dict(steps=500), dict(batches=5),
                   dict(batches=60)],
-    'SlimBlock': [dict(width=0.125), dict(width=1.0), dict(rank=4), dict(steps=50), dict(steps=500), dict(batches=5),
-                  dict(batches=60)],
+    'SlimBlock': [dict(width=0.125), dict(width=1.0), dict(rank=4), dict(steps=50), dict(steps=500), dict(batches=5)],
 }
 """By operator, what a row changes of ``DEFAULTS`` and ``FIT``."""
 
@@ -81,7 +80,7 @@ def main() -> None:
     most = max(change.get('batches', 0) for changes in CHANGES.values() for change in changes)
     images = calibration_batches(load_config(str(ROOT / CONFIG), options), most + HELD_OUT)
     columns = ['operator', 'changed', 'learned', *(f'{stage}.{index}' for stage, [index] in BLOCKS.items()), 'mean']
-    page = ['# What limits a fitted start', '', *__doc__.splitlines()[2:5], '',
+    page = ['# What limits a fitted start', '', *__doc__.splitlines()[2:4], '',
             'e = ‖C(h) − B(h\')‖ / ‖B(h\') − h\'‖, as docs/pretrained.md says. '
             f'{FIT["batches"]} batches of {args.batch_size} images and {FIT["steps"]} steps unless a row says '
             f'otherwise; e is of {HELD_OUT} more batches. torch {torch.__version__}, CPU.', '',
