@@ -23,6 +23,7 @@ COMMANDS = {
     'blocks': ('blocks', 'list a backbone\'s blocks: which are replaced, and why others can\'t be'),
     'choose': ('choose_blocks', 'find the blocks that their neighbours explain best'),
     'materialize': ('materialize', 'turn a replaced detector\'s checkpoint into an ordinary one'),
+    'export': ('export', 'write a trained detector\'s backbone and neck as an ONNX graph'),
     'delta': ('delta', 'save what fine-tuning has changed as a small file'),
 }
 """The script and what it does, by subcommand."""

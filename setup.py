@@ -94,6 +94,12 @@ setup(
         'pretrain': [
             'onedl-mmpretrain>=1.3',
         ],
+        # For tools/export.py alone.
+        'deploy': [
+            'onnx>=1.16',
+            'onnxruntime>=1.18',
+            'onnxscript>=0.5',
+        ],
         # For `make docs`.
         'docs': [
             'furo',

@@ -28,7 +28,7 @@ def run(monkeypatch, capsys):
 def test_without_arguments_it_lists_its_commands(run):
     status, text = run()
     assert status == 0
-    for name in ('init', 'train', 'test', 'compare', 'blocks', 'choose', 'materialize', 'delta'):
+    for name in ('init', 'train', 'test', 'compare', 'blocks', 'choose', 'materialize', 'export', 'delta'):
         assert f'\n  {name} ' in text
 
 

@@ -69,11 +69,51 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, *, ignore_keys
         raise UserError(f'{out}: a config of that name is written beside the checkpoint; call this one *.pth')
     for file in (out, config):
         check_new_file(file)
+    detector = plain_detector(cfg, checkpoint, ignore_keys=ignore_keys, allow_pickle=allow_pickle)
+    if not detector.layers:
+        raise UserError(f'{checkpoint}: it is an ordinary checkpoint already')
+    classes = read_checkpoint(checkpoint, allow_pickle).get('meta', {}).get('dataset_meta')
+    weights = detector.model.state_dict()
+    text = detector.cfg.pretty_text
+    with written_whole(out) as file:
+        torch.save(dict(state_dict=weights, meta=dict(cfg=text, dataset_meta=classes)), file)
+    write_text(config, text)
+    light = {type(layer.operator).__name__ for layer in detector.layers.values()
+             if not isinstance(layer.operator, FullBlock)}
+    return Plain(list(detector.layers), sorted(light), config, detector.needs)
+
+
+class PlainDetector(NamedTuple):
+    """A trained detector without what Replacement Learning has added to it.
+
+    Args:
+        model: in eval mode.
+        cfg: the config that builds it.
+        needs: the types in that config for which it needs rl_mmdet.
+        layers: the computing layers that it had; none if it was an ordinary one already.
+    """
+    model: nn.Module
+    cfg: Config
+    needs: list[str]
+    layers: dict[str, nn.Module]
+
+
+def plain_detector(cfg: Config, checkpoint: str, *, ignore_keys: Sequence[str] = (),
+                   allow_pickle: bool = False) -> PlainDetector:
+    """Build a trained detector, materialized, and check that it gives the same features.
+
+    Args:
+        cfg, checkpoint, ignore_keys, allow_pickle: see :func:`save_plain_checkpoint`; the detector may be an ordinary
+            one, too.
+
+    Raises:
+        UserError: the checkpoint doesn't fit the config, or is a baseline's and the config a replaced one's.
+    """
     model = build_model(cfg, allow_pickle).eval()
     report = load_checkpoint_(model, checkpoint, ignore=ignore_keys, allow_pickle=allow_pickle)
-    layers = computing_layers(model)
-    if not layers or report.initialised:
-        raise UserError(f'{checkpoint}: it is an ordinary checkpoint already')
+    if report.initialised:
+        raise UserError(f'{checkpoint}: it is an ordinary checkpoint already; it goes with a config without '
+                        'replacement')
     try:
         weights = materialize(model).state_dict()
     except ValueError as error:
@@ -82,13 +122,7 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, *, ignore_keys
     plain = build_model(deepcopy(plain_cfg), allow_pickle).eval()
     plain.load_state_dict(weights)
     _check_same(model, plain)
-    classes = read_checkpoint(checkpoint, allow_pickle).get('meta', {}).get('dataset_meta')
-    text = plain_cfg.pretty_text
-    with written_whole(out) as file:
-        torch.save(dict(state_dict=weights, meta=dict(cfg=text, dataset_meta=classes)), file)
-    write_text(config, text)
-    light = {type(layer.operator).__name__ for layer in layers.values() if not isinstance(layer.operator, FullBlock)}
-    return Plain(list(layers), sorted(light), config, needs)
+    return PlainDetector(plain, plain_cfg, needs, computing_layers(model))
 
 
 @torch.no_grad()

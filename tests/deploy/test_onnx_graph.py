@@ -1,0 +1,108 @@
+"""A trained detector's backbone and neck become an ONNX graph that gives torch's maps, with nothing of the method."""
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from rl_mmdet.deploy import export_onnx
+from rl_mmdet.engine import UserError, build_model, load_config
+from rl_mmdet.replacement import materialize
+
+onnx = pytest.importorskip('onnx', reason='needs the extra deploy')
+onnxruntime = pytest.importorskip('onnxruntime', reason='needs the extra deploy')
+pytest.importorskip('onnxscript', reason='needs the extra deploy')
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+LIGHT = {'model.backbone.replacement': dict(
+    plan=dict(_delete_=True, type='EveryKth', k=2), operator=dict(type='SlimBlock'),
+    fusion=dict(type='TransformFusion', rank=1))}
+SMALL = '''
+model = dict(backbone=dict(base_channels=4, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1)),
+             neck=dict(in_channels=[4, 8], start_level=0, num_outs=2))
+'''
+
+
+@pytest.fixture
+def trained(tiny_config, tmp_path, randomise_):
+    """Save a checkpoint of a config's randomised detector; returns config, checkpoint and detector."""
+    def train(cfg):
+        model = randomise_(build_model(cfg)).eval()
+        torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'rl.pth')
+        return cfg, str(tmp_path / 'rl.pth'), model
+    return train
+
+
+@torch.no_grad()
+def same_maps(file, model, *shape):
+    """Compare a graph with a detector on random images."""
+    images = torch.randn(shape)
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    found = session.run(None, dict(images=images.numpy()))
+    for ours, theirs in zip(found, model.extract_feat(images), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_a_graph_with_light_operators_has_plain_convolutions_and_takes_any_size(trained, tiny_config, tmp_path):
+    cfg, checkpoint, model = trained(load_config(tiny_config(more=SMALL), LIGHT))
+    file = str(tmp_path / 'out.onnx')
+    exported = export_onnx(cfg, checkpoint, file)
+    assert (exported.maps, exported.size) == ([48, 48], None)
+    assert exported.images == '2 val images'
+    assert exported.checked == [(128, 128), (64, 64)]
+    for shape in ((1, 3, 64, 96), (3, 3, 32, 32)):
+        same_maps(file, model, *shape)
+    graph = onnx.load(file).graph
+    plain = materialize(model)
+    convolutions = [module for part in (plain.backbone, plain.neck) for module in part.modules()
+                    if isinstance(module, nn.Conv2d)]
+    assert Counter(node.op_type for node in graph.node)['Conv'] == len(convolutions)
+    assert not {node.op_type for node in graph.node} & {'MatMul', 'Gemm', 'Mul', 'Einsum'}
+    assert sorted(tuple(each.dims) for each in graph.initializer if len(each.dims) > 1) == sorted(
+        tuple(module.weight.shape) for module in convolutions)
+
+
+@pytest.mark.parametrize(('name', 'size', 'package', 'message'), [
+    ('out.pth', None, '', r'out.pth: an ONNX graph is called \*.onnx'),
+    ('taken.onnx', None, '', 'taken.onnx: exists already'),
+    ('out.onnx', (0, 32), '', r'size must be two positive integers.*got \(0, 32\)'),
+    ('out.onnx', None, 'onnxruntime', r'onnxruntime not installed: pip install "rl_mmdet\[deploy\]"')])
+def test_a_mistake_is_one_line_before_anything_is_read(tmp_path, monkeypatch, name, size, package, message):
+    (tmp_path / 'taken.onnx').write_text('mine')
+    if package:
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=message):
+        export_onnx(Config(), 'nothing.pth', str(tmp_path / name), size=size)
+    assert [path.name for path in tmp_path.iterdir()] == ['taken.onnx']
+    assert (tmp_path / 'taken.onnx').read_text() == 'mine'
+
+
+def test_a_graph_that_is_not_torchs_gets_no_file(trained, tiny_config, tmp_path, monkeypatch):
+    def export(model, images, file, **_):
+        ends = [onnx.helper.make_tensor_value_info(name, 1, [None] * 4) for name in ('images', 'map0')]
+        node = onnx.helper.make_node('Identity', ['images'], ['map0'])
+        graph = onnx.helper.make_graph([node], 'other', ends[:1], ends[1:])
+        onnx.save(onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid('', 17)]), file)
+    monkeypatch.setattr(torch.onnx, 'export', export)
+    cfg, checkpoint, _ = trained(load_config(tiny_config(more=SMALL)))
+    with pytest.raises(UserError, match='maps differ from torch.*nothing is written.*--size HEIGHT WIDTH'):
+        export_onnx(cfg, checkpoint, str(tmp_path / 'out.onnx'))
+    assert not list(tmp_path.glob('out*'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'size'), [
+    ('rl_resnet/faster-rcnn_rl-r50-k2_fpn_1x_coco', None), ('rl_resnet/retinanet_rl-r50-k2_fpn_1x_coco', None),
+    ('rl_resnet/atss_rl-r50-k2_fpn_1x_coco', None), ('rl_resnet/mask-rcnn_rl-r50-k2_fpn_1x_coco', None),
+    ('aquarium/faster-rcnn_rl-mobilenet-v2-k2_fpn_8e_aquarium', None),
+    ('rl_swin/mask-rcnn_rl-swin-t-p4-w7-k2_fpn_1x_coco', (224, 256))])
+def test_detectors(trained, tmp_path, name, size):
+    cfg = load_config(f'{CONFIGS}/{name}.py', dict(val_dataloader=None, val_cfg=None, val_evaluator=None))
+    cfg, checkpoint, model = trained(cfg)
+    exported = export_onnx(cfg, checkpoint, str(tmp_path / 'out.onnx'), size=size)
+    assert exported.images == 'random images (the config has no val_dataloader)'
+    for shape in [(1, 3, *size)] if size else [(1, 3, 96, 160), (2, 3, 128, 64)]:
+        same_maps(str(tmp_path / 'out.onnx'), model, *shape)
