@@ -24,9 +24,10 @@ from rl_mmdet.replacement import computing_layers, fit_outputs_
 BLOCKS = {f'layer{stage}': [1] for stage in (3, 4, 5, 6)}
 HELD_OUT = 8
 FIT = dict(batches=20, steps=200)
-DEFAULTS = {'Skip': {}, 'FullBlock': dict(share=0.2), 'SlimBlock': dict(width=0.25, rank=16)}
+DEFAULTS = {'Skip': {}, 'RL-v1': {}, 'FullBlock': dict(share=0.2), 'SlimBlock': dict(width=0.25, rank=16)}
 CHANGES = {
     'Skip': [],
+    'RL-v1': [],
     'FullBlock': [dict(share=0.05), dict(share=1.0), dict(steps=50), dict(steps=500), dict(batches=5),
                   dict(batches=60)],
     'SlimBlock': [dict(width=0.125), dict(width=1.0), dict(rank=4), dict(steps=50), dict(steps=500), dict(batches=5)],
@@ -41,10 +42,10 @@ def trials() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def settings(operator: str, width: float = 0, **fusion: Any) -> dict[str, Any]:
     """The backbone's ``replacement``."""
-    chosen = dict(type=operator, width=width) if width else dict(type=operator)
-    fusion['adapt'] = operator != 'FullBlock'
-    return dict(plan=dict(type='Blocks', blocks=BLOCKS), operator=chosen,
-                fusion=dict(type='TransformFusion', **fusion), start=dict(type='FitOutputs'))
+    chosen = dict(type='FullBlock' if operator == 'RL-v1' else operator)
+    fusion = dict(fusion, type='TransformFusion' if fusion else 'ScalarFusion', adapt=operator == 'SlimBlock')
+    return dict(plan=dict(type='Blocks', blocks=BLOCKS), operator=chosen | (dict(width=width) if width else {}),
+                fusion=fusion, start=dict(type='FitOutputs'))
 
 
 def measure(args: argparse.Namespace, images: list[Tensor], operator: str, change: dict[str, Any]) -> list[str]:
