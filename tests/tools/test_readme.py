@@ -23,7 +23,7 @@ from rl_mmdet.replacement import OPERATORS, computing_layers, materialize, repla
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text()
          for path in [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md', *ROOT.glob('docs/*.md'),
-                      *ROOT.glob('docs/api/*.md'), *ROOT.glob('configs/*/README.md')]}
+                      *ROOT.glob('docs/api/*.md'), ROOT / 'docs/results/README.md', *ROOT.glob('configs/*/README.md')]}
 BLOCKS = [(page, kind, block) for page, text in PAGES.items()
           for kind, block in re.findall(r'^```(\w+)\n(.*?)^```', text, re.DOTALL | re.MULTILINE)]
 LINES = [(page, line) for page, kind, block in BLOCKS if kind == 'bash'
