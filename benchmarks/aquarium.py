@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = 'configs/aquarium/faster-rcnn_mobilenet-v2_fpn_8e_aquarium.py'
 R = 'model.backbone.replacement.'
 BACKBONE = ('model.backbone.type=RLBackbone', 'model.backbone.backbone=MobileNetV2')
-FOUR_BLOCKS = (f'{R}plan.type=Blocks', *(f'{R}plan.blocks.layer{stage}=[1]' for stage in (3, 4, 5, 6)))
-REPLACED = (*BACKBONE, *FOUR_BLOCKS)
+BLOCKS = {f'layer{stage}': [1] for stage in (3, 4, 5, 6)}
+REPLACED = (*BACKBONE, f'{R}plan.type=Blocks',
+            *(f'{R}plan.blocks.{stage}={indices}' for stage, indices in BLOCKS.items()))
 FIT, FADE = f'{R}start.type=FitOutputs', f'{R}start.fade=224'
 TRANSFORM = (*REPLACED, f'{R}fusion.type=TransformFusion')
 EVERY_STEP = f'{R}gradient.every=1'  # the learned transformations are small, so their gradient costs little
@@ -58,6 +59,9 @@ VARIANTS = {
 }
 
 
+ON_THE_PAGE = ('skip', 'average', 'light-fit-fade', 'full-fit-fade', 'light-fit', 'full-fit', 'fixed')
+
+
 def command(args: argparse.Namespace) -> list[str]:
     """The call of tools/compare.py."""
     variants = []
@@ -66,7 +70,7 @@ def command(args: argparse.Namespace) -> list[str]:
     options = [f'data_root={args.data}/', f'model.backbone.init_cfg.checkpoint={args.weights}']
     if args.epochs:
         options += [f'{key}={args.epochs}' for key in LENGTHS]
-    ways = [f'--{way}' for way in ('report-only', 'cost-only') if getattr(args, way.replace('-', '_'))]
+    ways = ['--cost-only'] * args.cost_only + ['--report-only'] * args.report_only
     ways += ['--report-dir', str(args.report_dir)] if args.report_dir else []
     return ['tools/compare.py', f'baseline={CONFIG}', *variants, '--seeds', str(args.seeds), '--jobs', str(args.jobs),
             '--work-dir', str(args.work_dir), *ways, '--cfg-options', *options, *args.cfg_options]
@@ -77,7 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--data', required=True, help='folder with annotations/ and images/')
     parser.add_argument('--weights', required=True, help="ImageNet weights in the layout of mmdet's MobileNetV2")
     parser.add_argument('--work-dir', type=Path, required=True)
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=ON_THE_PAGE)
     parser.add_argument('--epochs', type=positive, help='8 by default; AP is then measured after the last one only')
     parser.add_argument('--seeds', type=positive, default=3)
     parser.add_argument('--jobs', type=positive, default=1, help='trainings side by side')

@@ -3,14 +3,14 @@ import argparse
 import platform
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
     """Shows the description as it is written, and says what is wrong in one line."""
 
-    def __init__(self, description: str | None, **kwargs: Any) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'error: {message}\n')

@@ -8,22 +8,22 @@ Every row is a fit of its own; what is left unexplained is measured on training 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from torch import Tensor
+from torch import Tensor, nn
 
-import rl_mmdet  # noqa: F401
-from aquarium import CONFIG, ROOT
+from aquarium import BLOCKS, CONFIG, ROOT
 from command_line import Parser, positive
 from rl_mmdet.analysis.choose_blocks import calibration_batches
 from rl_mmdet.engine import build_model, load_checkpoint_, load_config
-from rl_mmdet.replacement import computing_layers, fit_outputs_
+from rl_mmdet.replacement import fit_outputs_
+from rl_mmdet.replacement.start import FitOutputs
 
-BLOCKS = {f'layer{stage}': [1] for stage in (3, 4, 5, 6)}
 HELD_OUT = 8
-FIT = dict(batches=20, steps=200)
+FIT = {key: getattr(FitOutputs(), key) for key in ('batches', 'steps')}
 DEFAULTS = {'Skip': {}, 'RL-v1': {}, 'FullBlock': dict(share=0.2), 'SlimBlock': dict(width=0.25, rank=16)}
 CHANGES = {
     'Skip': [],
@@ -48,26 +48,29 @@ def settings(operator: str, width: float = 0, **fusion: Any) -> dict[str, Any]:
                 fusion=fusion, start=dict(type='FitOutputs'))
 
 
-def measure(args: argparse.Namespace, images: list[Tensor], operator: str, change: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    changed = DEFAULTS[operator] | FIT | change
-    fit = {key: changed.pop(key) for key in FIT}
+def replaced_backbone(operator: str, change: dict[str, Any]) -> nn.Module:
+    """The backbone of a row."""
+    changed = {key: value for key, value in (DEFAULTS[operator] | change).items() if key not in FIT}
     backbone = dict(type='RLBackbone', backbone='MobileNetV2', out_indices=(2, 4, 6), frozen_stages=1, norm_eval=True,
                     replacement=settings(operator, **changed))
-    model = build_model(Config(dict(model=backbone, default_scope='mmdet')))
+    return build_model(Config(dict(model=backbone, default_scope='mmdet')))
+
+
+def measure(args: argparse.Namespace, images: list[Tensor], operator: str, change: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    fit, model = FIT | change, replaced_backbone(operator, change)
     load_checkpoint_(model, args.weights)
     model.train()
-    own = sum(value.numel() for layer in computing_layers(model).values()
-              for value in layer.own_parameters().values())
     fit_outputs_(model, images[HELD_OUT:][:fit['batches']], fit['steps'], keep=True)
     unseen = fit_outputs_(model, images[:HELD_OUT], steps=0, keep=True)
     words = ', '.join(f'{key}={value}' for key, value in change.items()) or 'as in benchmarks/aquarium.py'
     errors = [error.after for error in unseen.values()]
-    return [operator, words, f'{own:,}', *(f'{error:.3f}' for error in errors), f'{sum(errors) / len(errors):.3f}']
+    return [operator, words, f'{model.replacement_report.learnable:,}',
+            *(f'{error:.3f}' for error in (*errors, mean(errors)))]
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument('--data', required=True, help='folder with annotations/ and images/')
     parser.add_argument('--weights', required=True, help="ImageNet weights in the layout of mmdet's MobileNetV2")
     parser.add_argument('--batch-size', type=positive, default=4)

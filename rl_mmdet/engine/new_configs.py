@@ -199,14 +199,14 @@ def _set_schedule_(cfg: Config, images: int) -> tuple[list[str], int | None]:
 def _replaced(baseline: Config, steps: int | None) -> Config:
     """The baseline with Replacement Learning: the best recipe of those known that its backbone takes."""
     backbone = baseline.model.backbone
-    named = rl_type_of(backbone.type, find_class(MODELS, backbone.type))
+    rl_type = rl_type_of(backbone.type, find_class(MODELS, backbone.type))
     fitted: dict[str, Any] = {}
     if type_name(backbone.get('init_cfg')) == 'Pretrained' or baseline.get('load_from'):
         fitted = dict(TO_FIT, start=dict(type='FitOutputs', fade=min(1000, (steps or STEPS) // 5)))
     for k, settings in ((4, fitted), (2, fitted), (2, {})):  # short stages have no 4th block
         cfg = deepcopy(baseline)
         add_import_(cfg)
-        cfg.model.backbone.update(named, replacement=dict(plan=dict(type='EveryKth', k=k), **settings))
+        cfg.model.backbone.update(rl_type, replacement=dict(plan=dict(type='EveryKth', k=k), **settings))
         try:
             build_model(deepcopy(cfg))
         except UserError as error:

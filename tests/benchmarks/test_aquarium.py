@@ -32,7 +32,11 @@ def test_a_variants_backbone_trains(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(('operator', 'change'), fit_limits.trials())
 def test_a_rows_fit_can_begin(operator, change):
-    settings = {key: value for key, value in (fit_limits.DEFAULTS[operator] | change).items()
-                if key not in fit_limits.FIT}
-    backbone = dict(type='RLBackbone', backbone='MobileNetV2', replacement=fit_limits.settings(operator, **settings))
-    assert build_model(Config(dict(model=backbone, default_scope='mmdet'))).replacement_report.replaced
+    assert fit_limits.replaced_backbone(operator, change).replacement_report.replaced
+
+
+@pytest.mark.parametrize('script', ['aquarium.py', 'fit_limits.py'])
+def test_what_is_missing_is_said_in_a_line(run_script, script):
+    status, captured = run_script(ROOT / 'benchmarks' / script)
+    assert (status, captured.err.count('\n')) == (2, 1)
+    assert captured.err.startswith('error: the following arguments are required: --data, --weights')
