@@ -23,6 +23,8 @@ from ..engine.errors import first_line
 from ..engine.files import check_new_file, written_whole
 from ..engine.preflight.data import check_data
 from ..engine.preflight.guard import built, quiet
+from .int8 import Int8, quantise_
+from .onnx_session import OnnxSession
 from .plain_checkpoint import plain_detector
 
 TOLERANCE = 1e-4
@@ -38,21 +40,24 @@ class Exported(NamedTuple):
         size: height and width of the one image that the graph takes, or None for batches of any number and size.
         checked: heights and widths on which it was checked.
         images: what it was checked on.
-        difference: the largest difference to torch's maps, as a share of the largest value in a map.
+        difference: the largest difference of a float graph's to torch's maps, as a share of the largest value in a map.
+        int8: what became of it as an int8 graph; None if it is a float one.
     """
     maps: list[int]
     size: tuple[int, int] | None
     checked: list[tuple[int, int]]
     images: str
     difference: float
+    int8: Int8 | None
 
     def describe(self) -> str:
         """One line for the user."""
         taken = 'images of any size' if self.size is None else 'one image of {}×{}'.format(*self.size)
         checked = ' and '.join(f'{height}×{width}' for height, width in self.checked)
+        float_graph = 'the float graph ' * (self.int8 is not None)
         return (f'{taken} in, {len(self.maps)} feature maps of {", ".join(map(str, self.maps))} channels out; '
-                f'checked on {self.images} of {checked}: maps differ from torch\'s by {self.difference:.0e} of their '
-                f'largest value at most, {TOLERANCE:.0e} is allowed')
+                f'{float_graph}checked on {self.images} of {checked}: maps differ from torch\'s by '
+                f'{self.difference:.0e} of their largest value at most, {TOLERANCE:.0e} is allowed')
 
 
 class Features(nn.Module):
@@ -67,7 +72,7 @@ class Features(nn.Module):
         return tuple(self.neck(self.backbone(images)))
 
 
-def export_onnx(cfg: Config, checkpoint: str, out: str, *, size: Sequence[int] | None = None,
+def export_onnx(cfg: Config, checkpoint: str, out: str, *, size: Sequence[int] | None = None, int8: bool = False,
                 ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> Exported:
     """Write the backbone and neck of a trained detector as an ONNX graph, materialized.
 
@@ -81,24 +86,21 @@ def export_onnx(cfg: Config, checkpoint: str, out: str, *, size: Sequence[int] |
         out: file to write, ``.onnx``; must not exist.
         size: height and width, for backbones whose graph depends on it: the graph takes one image of this size. By
             default batches of any number and size.
+        int8: make it an int8 graph, see :func:`~rl_mmdet.deploy.int8.quantise_`; needs the config's val set, and not
+            ``size``.
         ignore_keys, allow_pickle: see :func:`~rl_mmdet.engine.load_checkpoint_`.
 
     Raises:
         UserError: a package is missing, the checkpoint doesn't fit the config, ``out`` exists or has another ending,
-            torch can't export the backbone, or the graph's maps aren't torch's.
+            torch can't export the backbone, the graph's maps aren't torch's, or ``int8`` without a val set.
     """
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise UserError(f'export needs {", ".join(PACKAGES)}; {", ".join(missing)} not installed: '
-                        'pip install "rl_mmdet[deploy]"')
-    if not out.endswith('.onnx'):
-        raise UserError(f'{out}: an ONNX graph is called *.onnx')
-    if size is not None and min(size) < 1:
-        raise UserError(f'size must be two positive integers, height and width, got {size}')
-    check_new_file(out)
+    _check(out, size, int8)
     plain = plain_detector(cfg, checkpoint, ignore_keys=ignore_keys, allow_pickle=allow_pickle)
     detector = _only_detector(plain.model)
-    images, source = _images(plain.cfg, detector, size)
+    loader, reason = _val_loader(plain.cfg)
+    if int8 and loader is None:
+        raise UserError(f'int8 takes the ranges of the activations, and AP, from the val set: {reason}')
+    images, source = _images(detector, loader, size)
     batches = _batches(images, size, getattr(detector.data_preprocessor, 'pad_size_divisor', 1))
     features = Features(detector).eval()
     for parameter in features.parameters():
@@ -114,8 +116,25 @@ def export_onnx(cfg: Config, checkpoint: str, out: str, *, size: Sequence[int] |
         if not difference <= TOLERANCE:
             raise UserError(f'{out}: the graph\'s maps differ from torch\'s by {difference:.0e} of their largest '
                             f'value, {TOLERANCE:.0e} is allowed; nothing is written{_fix(size)}')
+        quantised = quantise_(file, detector, plain.cfg, loader) if int8 else None
     checked = sorted({tuple(batch.shape[-2:]) for batch in batches}, reverse=True)
-    return Exported([each.shape[1] for each in wanted[0]], size and tuple(size), checked, source, difference)
+    source = source if loader else f'{source} ({reason})'
+    return Exported([each.shape[1] for each in wanted[0]], size and tuple(size), checked, source, difference, quantised)
+
+
+def _check(out: str, size: Sequence[int] | None, int8: bool) -> None:
+    """Raise UserError unless the packages are here, and the file may be written."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f'export needs {", ".join(PACKAGES)}; {", ".join(missing)} not installed: '
+                        'pip install "rl_mmdet[deploy]"')
+    if not out.endswith('.onnx'):
+        raise UserError(f'{out}: an ONNX graph is called *.onnx')
+    if size is not None and min(size) < 1:
+        raise UserError(f'size must be two positive integers, height and width, got {size}')
+    if size is not None and int8:
+        raise UserError('int8 is measured on the val set, whose images have more than one size: leave out size')
+    check_new_file(out)
 
 
 def _only_detector(model: nn.Module) -> BaseDetector:
@@ -127,28 +146,29 @@ def _only_detector(model: nn.Module) -> BaseDetector:
     return next(iter(detectors.values()))
 
 
-def _images(cfg: Config, detector: BaseDetector, size: Sequence[int] | None) -> tuple[list[Tensor], str]:
-    """Two images of the val set as the detector gets them, or random ones if it isn't here; and what they are."""
-    reason = 'the config has no val_dataloader'
-    if cfg.get('val_dataloader'):
-        try:
-            check_data(cfg, 'val')
-        except UserError as error:
-            reason = str(error)
-        else:
-            with quiet():
-                loader = built(cfg, 'val_dataloader', _one_by_one, must=True)
-                images = [detector.data_preprocessor(batch, False)['inputs'] for batch in islice(loader, 2)]
-            return images, f'{len(images)} val images'
+def _val_loader(cfg: Config) -> tuple[DataLoader | None, str]:
+    """The config's val set, one image at a time; or None, and why."""
+    def build(cfg: Config) -> DataLoader:
+        kept = {key: value for key, value in without_workers(cfg.val_dataloader).items() if key != 'batch_sampler'}
+        return Runner.build_dataloader(kept | dict(batch_size=1))
+    if not cfg.get('val_dataloader'):
+        return None, 'the config has no val_dataloader'
+    try:
+        check_data(cfg, 'val')
+    except UserError as error:
+        return None, str(error)
+    return built(cfg, 'val_dataloader', build, must=True), ''
+
+
+def _images(detector: BaseDetector, loader: DataLoader | None,
+            size: Sequence[int] | None) -> tuple[list[Tensor], str]:
+    """Two images of the val set as the detector gets them, or random ones without one; and what they are."""
+    if loader is not None:
+        images = [detector.data_preprocessor(batch, False)['inputs'] for batch in islice(loader, 2)]
+        return images, f'{len(images)} val images'
     generator = torch.Generator().manual_seed(0)
     height, width = size or (256, 384)
-    return [torch.randn(1, 3, height, width, generator=generator) for _ in range(2)], f'random images ({reason})'
-
-
-def _one_by_one(cfg: Config) -> DataLoader:
-    """The loader of the config's val set, one image at a time."""
-    kept = {key: value for key, value in without_workers(cfg.val_dataloader).items() if key != 'batch_sampler'}
-    return Runner.build_dataloader(kept | dict(batch_size=1))
+    return [torch.randn(1, 3, height, width, generator=generator) for _ in range(2)], 'random images'
 
 
 def _batches(images: Sequence[Tensor], size: Sequence[int] | None, divisor: int) -> list[Tensor]:
@@ -179,14 +199,9 @@ def _write_graph(features: nn.Module, images: Tensor, maps: int, file: Path, any
 
 def _difference(file: Path, images: Tensor, wanted: Sequence[Tensor]) -> float:
     """How far the graph's maps are from the wanted ones, as a share of a map's largest value; ∞ if it can't run."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # an error is told below
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
     try:
-        found = [torch.from_numpy(each) for each in session.run(None, {'images': images.numpy()})]
-    except onnxruntime.capi.onnxruntime_pybind11_state.OnnxRuntimeException:
+        found = OnnxSession(file)(images)
+    except ValueError:
         return float('inf')
     if [each.shape for each in found] != [each.shape for each in wanted]:
         return float('inf')

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.registry import METRICS
 from torch import nn
 
 from rl_mmdet.deploy import export_onnx
@@ -22,7 +24,8 @@ LIGHT = {'model.backbone.replacement': dict(
     fusion=dict(type='TransformFusion', rank=1))}
 SMALL = '''
 model = dict(backbone=dict(base_channels=4, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1)),
-             neck=dict(in_channels=[4, 8], start_level=0, num_outs=2))
+             neck=dict(in_channels=[4, 8], start_level=0, num_outs=2),
+             bbox_head=dict(anchor_generator=dict(strides=[4, 8])))
 '''
 
 
@@ -65,6 +68,43 @@ def test_a_graph_with_light_operators_has_plain_convolutions_and_takes_any_size(
         tuple(module.weight.shape) for module in convolutions)
 
 
+class FirstBoxes(BaseMetric):
+    """The mean of the images' highest box scores, and as another metric the number of images."""
+
+    def process(self, data_batch, data_samples):
+        self.results += [float(sample['pred_instances']['scores'].max()) for sample in data_samples]
+
+    def compute_metrics(self, results):
+        return dict(mAP=sum(results) / len(results), images=len(results))
+
+
+@torch.no_grad()
+def test_int8_says_what_the_graph_does_to_the_configs_own_evaluation(trained, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METRICS._module_dict, 'FirstBoxes', FirstBoxes)
+    cfg, checkpoint, model = trained(load_config(tiny_config(more=SMALL), LIGHT | dict(
+        val_evaluator=dict(_delete_=True, type='FirstBoxes'))))
+    file = str(tmp_path / 'out.onnx')
+    int8 = export_onnx(cfg, checkpoint, file, int8=True).int8
+    assert (int8.calibrated, int8.images, len(int8.ratios)) == (2, 2, 7)
+    assert int8.before.keys() == int8.after.keys() == {'mAP'}
+    assert 0 < abs(int8.after['mAP'] - int8.before['mAP']) < .1 * int8.before['mAP']
+    assert int8.size[1] == Path(file).stat().st_size < int8.size[0]
+    graph = onnx.load(file).graph
+    assert {'QuantizeLinear', 'DequantizeLinear'} < {node.op_type for node in graph.node}
+    images = torch.randn(1, 3, 64, 64)
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    for ours, theirs in zip(session.run(None, dict(images=images.numpy())), model.extract_feat(images), strict=True):
+        assert 1e-4 < float((torch.from_numpy(ours) - theirs).norm() / theirs.norm()) < .2
+
+
+def test_int8_without_a_val_set_is_refused(trained, tiny_config, tmp_path):
+    cfg, checkpoint, _ = trained(load_config(tiny_config(more=SMALL), dict(
+        val_dataloader=None, val_cfg=None, val_evaluator=None)))
+    with pytest.raises(UserError, match='int8 takes the ranges.*from the val set: the config has no val_dataloader'):
+        export_onnx(cfg, checkpoint, str(tmp_path / 'out.onnx'), int8=True)
+    assert not list(tmp_path.glob('out*'))
+
+
 @pytest.mark.parametrize(('name', 'size', 'package', 'message'), [
     ('out.pth', None, '', r'out.pth: an ONNX graph is called \*.onnx'),
     ('taken.onnx', None, '', 'taken.onnx: exists already'),
@@ -78,6 +118,11 @@ def test_a_mistake_is_one_line_before_anything_is_read(tmp_path, monkeypatch, na
         export_onnx(Config(), 'nothing.pth', str(tmp_path / name), size=size)
     assert [path.name for path in tmp_path.iterdir()] == ['taken.onnx']
     assert (tmp_path / 'taken.onnx').read_text() == 'mine'
+
+
+def test_int8_of_one_size_is_refused(tmp_path):
+    with pytest.raises(UserError, match='int8 is measured on the val set.*leave out size'):
+        export_onnx(Config(), 'nothing.pth', str(tmp_path / 'out.onnx'), size=(32, 32), int8=True)
 
 
 def test_a_graph_that_is_not_torchs_gets_no_file(trained, tiny_config, tmp_path, monkeypatch):
