@@ -13,8 +13,8 @@ from statistics import median
 import onnx
 import onnxruntime
 import torch
-from command_line import Parser, processor
 
+from command_line import Parser, processor
 from rl_mmdet.deploy import export_onnx
 from rl_mmdet.engine import build_model, load_config
 

@@ -12,7 +12,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--size', nargs=2, type=int, metavar=('HEIGHT', 'WIDTH'),
                         help='let the graph take one image of this size only, for backbones such as Swin')
     parser.add_argument('--int8', action='store_true',
-                        help='int8 weights and activations, by calibration on the val set; AP before and after is shown')
+                        help='int8 weights and activations, calibrated on the val set; shows AP before and after')
     return parser.parse_args()
 
 

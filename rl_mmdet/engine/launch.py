@@ -2,6 +2,7 @@
 import errno
 import gc
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -12,13 +13,17 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
+from torch.distributed import DistBackendError
 
 from ..models.layouts import take_wrapped_
-from .errors import UserError, show
+from .errors import UserError, first_line, show
 from .reading import safe_reading
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Why a file can't be written at any time: the disk, a quota or a limit is full, or it became read-only."""
+
+GONE = re.compile('[Cc]onnection (closed|reset) by peer|gloo')
+"""What gloo says, in a RuntimeError, when it doesn't reach another process."""
 
 
 def build_runner(cfg: Config, texts: Iterable[str] = ()) -> Runner:
@@ -47,24 +52,37 @@ def _start_cpu_processes_(cfg: Config) -> None:
 def run_tool(main: Callable[[Namespace], None], args: Namespace) -> None:
     """Call a tool's ``main`` with its arguments.
 
-    A UserError or a full disk ends it with one line on stderr and exit status 1, Ctrl-C with 130; of several processes
-    each that fails says so. ``RL_MMDET_TRACEBACK=1`` in the environment shows tracebacks. No file that is read runs
-    code (:func:`~rl_mmdet.engine.safe_reading`), unless the arguments have ``allow_pickle``.
+    A UserError, a full disk or a process of the run that is gone ends it with one line on stderr and exit status 1,
+    Ctrl-C with 130; of several processes each that fails says so. ``RL_MMDET_TRACEBACK=1`` in the environment shows
+    tracebacks. No file that is read runs code (:func:`~rl_mmdet.engine.safe_reading`), unless the arguments have
+    ``allow_pickle``.
     """
     status, together = 0, True
     try:
         with safe_reading(getattr(args, 'allow_pickle', False)):
             main(args)
-    except (UserError, KeyboardInterrupt, OSError) as error:
-        if os.environ.get('RL_MMDET_TRACEBACK') == '1' or getattr(error, 'errno', 0) not in (0, *NO_ROOM):
+    except (UserError, KeyboardInterrupt, OSError, RuntimeError) as error:
+        if os.environ.get('RL_MMDET_TRACEBACK') == '1' or not (line := _line(error)):
             raise
+        show(line)
         interrupted = isinstance(error, KeyboardInterrupt)
-        show(f'interrupted {error}'.rstrip() if interrupted else f'error: {error}')
         status, together = (130, bool(error.args)) if interrupted else (1, False)
     if together and torch.distributed.is_initialized():
         _end_together()
     if status:
         sys.exit(status)
+
+
+def _line(error: BaseException) -> str:
+    """What a user is told of an error; nothing if its traceback says more."""
+    if isinstance(error, KeyboardInterrupt):
+        return f'interrupted {error}'.rstrip()
+    if isinstance(error, UserError) or isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f'error: {error}'
+    if torch.distributed.is_initialized() and (isinstance(error, DistBackendError) or GONE.search(str(error))):
+        return (f'error: another process of the run has ended or can\'t be reached ({first_line(error)}); its machine '
+                'may say why. What is saved is whole: --resume goes on from it')
+    return ''
 
 
 def _end_together() -> None:

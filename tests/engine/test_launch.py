@@ -31,3 +31,18 @@ def test_an_error_does_nothing_to_the_terminal(capsys):
         engine.run_tool(fail, Namespace())
     assert stop.value.code == 1
     assert capsys.readouterr().err == 'error: tensor a\\x1b[31m\\r\\x07\n'
+
+
+@pytest.mark.parametrize('error', [
+    RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:31901'),
+    torch.distributed.DistBackendError('NCCL error: remote process exited')])
+def test_a_process_that_is_gone_ends_the_others_with_one_line(capsys, monkeypatch, error):
+    def fail(args):
+        raise error
+    with pytest.raises(type(error)):
+        engine.run_tool(fail, Namespace())
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    with pytest.raises(SystemExit):
+        engine.run_tool(fail, Namespace())
+    line, = capsys.readouterr().err.splitlines()
+    assert 'another process of the run has ended' in line and str(error) in line and '--resume' in line

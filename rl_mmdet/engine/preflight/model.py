@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
+from ...folding.fold_norm import FoldingConv2d
 from ...models.layouts import take_wrapped_
 from ...replacement import computing_layers
 from ...replacement.start import LoadReport
@@ -14,6 +15,10 @@ from ..config import type_name
 from ..errors import UserError
 from ..reading import safe_reading
 from .guard import built
+
+SHARDED = ('ColossalAIStrategy', 'DeepSpeedStrategy', 'FSDPStrategy', 'FullyShardedDataParallel',
+           'MMFullyShardedDataParallel')
+"""MMEngine's strategies and wrappers that may keep weights in pieces."""
 
 
 def build_model(cfg: Config, allow_pickle: bool = False) -> nn.Module:
@@ -43,7 +48,23 @@ def resume_checkpoint(cfg: Config) -> str | None:
 
 
 def check_distributed(cfg: Config, model: nn.Module) -> None:
-    """Coupled neighbours inside mmdet's reentrant checkpoints get their gradient in two backward passes."""
+    """Refuse what several processes can't do with replaced or folded blocks, or MMEngine can't do at all.
+
+    Where weights lie in pieces in several processes, a computing layer can't read its neighbours' and a folded
+    convolution not its norm's. MMEngine saves in the first process only, where ZeroRedundancyOptimizer waits for what
+    the others should send. Coupled neighbours inside mmdet's reentrant checkpoints get their gradient in two backward
+    passes.
+    """
+    for setting in ('strategy', 'model_wrapper_cfg'):
+        kind = type_name(cfg.get(setting) or {})
+        if kind in SHARDED and (computing_layers(model) or any(isinstance(m, FoldingConv2d) for m in model.modules())):
+            raise UserError(f'{setting}.type={kind!r}: not with replaced or folded blocks, which read the weights of '
+                            'the blocks and layers beside them: FSDP and ZeRO-3 keep those in pieces, and DeepSpeed\'s '
+                            'other stages aren\'t tested; use MMEngine\'s Runner and DDP')
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    if type_name(optimizer) == 'ZeroRedundancyOptimizer':
+        raise UserError("optim_wrapper.optimizer.type='ZeroRedundancyOptimizer': MMEngine's Runner hangs when it saves "
+                        'it; put its optimizer_type there')
     coupled = [name for name, layer in computing_layers(model).items()
                if layer.checkpointed and layer.gradient.mode == 'coupled']
     wrapper = cfg.get('model_wrapper_cfg') or {}

@@ -131,6 +131,23 @@ def test_coupled_checkpointed_blocks_on_several_gpus_need_a_static_graph(tiny):
     inspect_training(tiny(text, launcher='pytorch'))
 
 
+@pytest.mark.parametrize('setting', [
+    "strategy = dict(type='FSDPStrategy')", "strategy = dict(type='DeepSpeedStrategy')",
+    "model_wrapper_cfg = dict(type='MMFullyShardedDataParallel')"])
+def test_weights_in_pieces_are_refused_where_blocks_read_their_neighbours(tiny, setting):
+    with pytest.raises(UserError, match='read the weights of the blocks and layers beside them.*Runner and DDP'):
+        inspect_training(tiny(setting))
+    with pytest.raises(UserError, match='read the weights of the blocks and layers beside them.*Runner and DDP'):
+        inspect_training(tiny(backbone('replacement=None, fold_norm=True, norm_eval=True') + setting))
+    inspect_training(tiny(setting, name=BASELINE))
+
+
+def test_an_optimizer_whose_checkpoints_hang_is_refused(tiny):
+    text = "optim_wrapper = dict(optimizer=dict(type='ZeroRedundancyOptimizer', optimizer_type='AdamW'))"
+    with pytest.raises(UserError, match="ZeroRedundancyOptimizer.*hangs.*optimizer_type"):
+        inspect_training(tiny(text))
+
+
 @pytest.mark.parametrize('scope', ['mmpretrain', 'nowhere'])
 def test_a_project_with_a_scope_of_its_own_passes_also_with_test_time_augmentation(check, parsed, scope):
     assert check(dict(default_scope=scope))
