@@ -1,12 +1,13 @@
 """Kill trainings at random moments, resume them, and count what became of them.
 
-    python benchmarks/kills.py --kills 100
+    python benchmarks/kills.py --kills 200
 
-A training of a few seconds, with RandomFlip and shuffled data, that keeps one checkpoint. It is killed at a moment
-drawn uniformly between its start and its end, by SIGKILL and SIGTERM in turn, resumed by `tools/train.py --resume`, and
-so on, each training up to four times. Then it is resumed to its end, and its weights are compared with those of a
-training that nobody has disturbed. All trainings are children of one process that has imported everything, so that the
-moments lie in the training, not in its imports.
+Trainings of a few seconds, with RandomFlip and shuffled data, that keep one checkpoint: one with replaced blocks, one
+that searches for a plan in its first half, one whose transfer is searched there. Each is killed at a moment drawn
+uniformly between its start and its end, by SIGKILL and SIGTERM in turn, the next one by SIGKILL while it writes the
+first checkpoint after such a moment, and so on; resumed by `tools/train.py --resume`, up to four times. Then it is
+resumed to its end, and its weights are compared with those of a training that nobody has disturbed. All trainings are
+children of one process that has imported everything, so that the moments lie in the training, not in its imports.
 """
 import argparse
 import contextlib
@@ -30,8 +31,9 @@ import rl_mmdet  # noqa: F401
 from command_line import Parser, positive
 
 ROOT = Path(__file__).resolve().parents[1]
-SIGNALS = (signal.SIGKILL, signal.SIGTERM)
-CONFIG = '''
+MANNERS = ((signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGTERM, False), (signal.SIGKILL, True))
+"""By which signal a training is killed, and whether while it writes a checkpoint; they take turns."""
+BASE = '''
 _base_ = '{root}/configs/digits/atss_rl-r34-k2_fpn_digits.py'
 model = dict(backbone=dict(base_channels=4), neck=dict(in_channels=[4, 8, 16, 32]))
 small = dict(image_size=(64, 64), data_root='{folder}/digits/')
@@ -47,7 +49,16 @@ train_cfg = dict(max_epochs=4)
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
 del small, flip
 '''
+KINDS = {
+    'replaced': '',
+    'search': "model = dict(backbone=dict(replacement=dict(plan=dict(_delete_=True, type='LearnedPlan', "
+              "budget=dict(params=0.8), epochs=2))))",
+    'transfer': "model = dict(backbone=dict(norm_eval=True, replacement=None, transfer=dict(type='SWR', budget=0.2, "
+                "epochs=2)))",
+}
+"""What is trained: lines at the end of the config."""
 LAST = 'epoch_4.pth'
+UNFINISHED = '*.pth.part'
 
 
 def start(config: Path, work: Path) -> int:
@@ -69,15 +80,25 @@ def start(config: Path, work: Path) -> int:
     os._exit(status)
 
 
-def end_of(child: int, after: float | None = None, by: int = 0) -> int | None:
-    """A training's exit status, None if it was killed ``after`` seconds."""
+def end_of(child: int, after: float | None = None, by: int = signal.SIGKILL, writing: Path | None = None) -> int | None:
+    """A training's exit status, None if it was killed after some seconds, or then as soon as it writes a checkpoint.
+
+    Args:
+        child: the process.
+        after: seconds; None to let it end.
+        by: the signal.
+        writing: its work dir, to wait for a checkpoint that is being written.
+    """
     begin = time.monotonic()
-    while time.monotonic() - begin < (after or 600):
+    while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, by or signal.SIGKILL)
+        taken = time.monotonic() - begin
+        if taken > (600 if after is None else after) and (writing is None or any(writing.glob(UNFINISHED))):
+            break
+        time.sleep(0.005 if writing is None else 0.0002)
+    os.kill(child, by)
     os.waitpid(child, 0)
     return None
 
@@ -89,13 +110,13 @@ def weights(work: Path) -> dict[str, torch.Tensor]:
 def one_training(config: Path, work: Path, seconds: float, counts: Counter) -> None:
     """Kill one training up to four times, then let it end; what became of it is counted."""
     for _ in range(4):
-        by = SIGNALS[counts['kills'] % 2]
-        status = end_of(start(config, work), random.uniform(0, seconds), by)
+        by, writing = MANNERS[counts['kills'] % len(MANNERS)]
+        status = end_of(start(config, work), random.uniform(0, seconds), by, work if writing else None)
         if status is not None:  # it was faster, or failed
             break
         counts['kills'] += 1
         counts[f'by {signal.Signals(by).name}'] += 1
-        counts['something of the checkpoint was written'] += any(work.glob('*.part'))
+        counts['while a checkpoint was written'] += any(work.glob(UNFINISHED))
     status = end_of(start(config, work))
     text = (work / 'output.log').read_text()
     begun = [int(each or 0) for each in re.findall(r'goes on .*after iteration (\d+)|so the training begins', text)]
@@ -115,24 +136,26 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], value) for key, value in other.items())
 
 
-def page(counts: Counter, args: argparse.Namespace) -> str:
+def page(counts: dict[str, Counter], args: argparse.Namespace) -> str:
     """The result page."""
+    names = ('kills', 'by SIGKILL', 'by SIGTERM', 'while a checkpoint was written', 'trainings',
+             'checkpoints passed over', 'failed', 'went back', 'ended by itself', 'same weights')
     return '\n'.join([
         '# Killed trainings', '',
-        'A training of a few seconds (ATSS, R-34, digit scenes, RandomFlip, shuffled data, one checkpoint kept) is '
-        'killed at random moments, resumed by `--resume`, killed again, up to four times, and then let to its end. '
-        '*Same weights*: bit for bit those of a training that nobody has disturbed. *Went back*: it began from an '
-        'older checkpoint than it had begun from before.', '',
-        '| | count |', '|---|---:|',
-        *(f'| {name} | {counts[name]} |' for name in (
-            'kills', 'by SIGKILL', 'by SIGTERM', 'something of the checkpoint was written', 'trainings',
-            'checkpoints passed over', 'failed', 'went back', 'ended by itself', 'same weights')), '',
+        'Trainings of a few seconds (ATSS, R-34, digit scenes, RandomFlip, shuffled data, one checkpoint kept) are '
+        'killed at random moments, half of them while they write the first checkpoint after such a moment, resumed by '
+        '`--resume`, killed again, up to four times, and then let to their end. *Replaced* has every second block '
+        'replaced, *search* a `LearnedPlan` and *transfer* an `SWR`, both of which search in the first half. *Same '
+        'weights*: bit for bit those of a training that nobody has disturbed. *Went back*: it began from an older '
+        'checkpoint than it had begun from before.', '',
+        f'| | {" | ".join(counts)} |', '|---|' + '---:|' * len(counts),
+        *(f'| {name} | {" | ".join(str(each[name]) for each in counts.values())} |' for name in names), '',
         f'Made by `python benchmarks/kills.py --kills {args.kills} --out docs/results/kills.md` on a CPU.', ''])
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument('--kills', type=positive, default=100)
+    parser.add_argument('--kills', type=positive, default=200)
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     parser.add_argument('--out', type=Path, metavar='FILE.md', help='write the result page')
     return parser.parse_args()
@@ -143,23 +166,29 @@ def main() -> None:
     random.seed(args.seed)
     torch.set_num_threads(1)
     yapf_api.FormatCode = lambda text, **_: (text, True)  # MMEngine formats configs for longer than this training takes
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, 'config.py')
-        config.write_text(CONFIG.format(root=ROOT, folder=folder))
-        counts: Counter = Counter()
-        for name in ('warm', 'whole'):  # the first one makes the data
-            begin = time.monotonic()
-            if end_of(start(config, Path(folder, name))):
-                sys.exit(Path(folder, name, 'output.log').read_text()[-3000:])
-        seconds = time.monotonic() - begin
-        print(f'a training takes {seconds:.1f} s', flush=True)
-        while counts['kills'] < args.kills:
-            work = Path(folder, 'work')
-            one_training(config, work, seconds, counts)
-            shutil.rmtree(work)
-            print(json.dumps(counts), flush=True)
+    counts = {kind: Counter() for kind in KINDS}
+    for kind in KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            kill_trainings(kind, Path(folder), -(-args.kills // len(KINDS)), counts[kind])
     if args.out:
         args.out.write_text(page(counts, args))
+
+
+def kill_trainings(kind: str, folder: Path, kills: int, counts: Counter) -> None:
+    """Kill trainings of one kind so many times, and count what becomes of them."""
+    base, config, work = folder / 'base.py', folder / 'config.py', folder / 'work'
+    base.write_text(BASE.format(root=ROOT, folder=folder))
+    config.write_text(f"_base_ = 'base.py'\n{KINDS[kind]}\n")
+    for name in ('warm', 'whole'):  # the first one makes the data
+        begin = time.monotonic()
+        if end_of(start(config, folder / name)):
+            sys.exit((folder / name / 'output.log').read_text()[-3000:])
+    seconds = time.monotonic() - begin
+    print(f'{kind}: a training takes {seconds:.1f} s', flush=True)
+    while counts['kills'] < kills:
+        one_training(config, work, seconds, counts)
+        shutil.rmtree(work)
+        print(json.dumps(counts), flush=True)
 
 
 if __name__ == '__main__':

@@ -16,7 +16,9 @@ import cv2
 import numpy as np
 
 import rl_mmdet  # noqa: F401  so that the processes below, which are forks, needn't import it
-from command_line import Parser
+from command_line import Parser, positive
+from mutations import LEFT_ALONE, mutation
+from rl_mmdet.engine import load_config
 
 TRAIN = Path(__file__).resolve().parents[1] / 'tools' / 'train.py'
 SECONDS = 900
@@ -61,25 +63,25 @@ def write_data(root: Path, *names: str) -> None:
             images=images, annotations=boxes, categories=[dict(id=7, name='kangaroo')])))
 
 
-def outcome(fragment: str, root: Path) -> tuple[str, str]:
-    """What becomes of a training with a fragment appended to the config: the kind, and the line that tells."""
+def outcome(text: str, root: Path) -> tuple[str, str, str]:
+    """What becomes of a training with a config: the kind, the line that tells, and what was logged."""
     folder = Path(tempfile.mkdtemp(dir=root))
-    (folder / 'config.py').write_text("_base_ = '../base.py'\n" + fragment)
+    (folder / 'config.py').write_text(text)
     process = multiprocessing.get_context('fork').Process(target=_train, args=(folder,))
     process.start()
     process.join(SECONDS)
     if process.is_alive():
         process.kill()
         process.join()
-        return 'no end', f'after {SECONDS} s'
-    lines = (folder / 'stderr').read_text().strip().splitlines()
+        return 'no end', f'after {SECONDS} s', ''
+    log, lines = (folder / 'stdout').read_text(), (folder / 'stderr').read_text().strip().splitlines()
     written = sorted(path.name for path in folder.iterdir() if path.name not in ('config.py', 'stdout', 'stderr'))
     shutil.rmtree(folder)
     if process.exitcode == 0:
-        return 'trains', ''
+        return 'trains', '', log
     if process.exitcode == 1 and lines and lines[-1].startswith('error: ') and not any('Traceback' in x for x in lines):
-        return 'a line, but something was written' if written else 'a line', lines[-1].removeprefix('error: ')
-    return 'traceback', lines[-1] if lines else f'exit status {process.exitcode}'
+        return 'a line, but something was written' if written else 'a line', lines[-1].removeprefix('error: '), log
+    return 'traceback', lines[-1] if lines else f'exit status {process.exitcode}', log
 
 
 def _train(folder: Path) -> None:
@@ -123,24 +125,58 @@ def _shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most] + ' …'
 
 
+def mutated(count: int, root: Path) -> str:
+    """The result page of so many random mistakes, each in a whole config."""
+    settings = load_config(str(root / 'base.py'), None, 'work').to_dict()
+    counts, rows = Counter(), []
+    for seed in range(count):
+        text, change, wrong = mutation({key: settings[key] for key in settings if key not in LEFT_ALONE}, seed)
+        kind, line, log = outcome(text, root)
+        if kind == 'trains' and wrong and wrong not in log:
+            kind = 'trains, and a misspelt key is not told'
+        counts[kind] += 1
+        if kind not in ('trains', 'a line'):
+            rows.append(f'| `{_shorten(change, 150)}` | {kind}{": " * bool(line)}{_shorten(line, 220)} |')
+        print(seed, change, kind, line, sep=' | ', flush=True)
+    return '\n'.join([
+        '# Random mistakes in a config', '',
+        f'{count} whole configs of a small RetinaNet with an `RLResNet`, six images, one epoch, each with one random '
+        'mistake: a key misspelt or left out, a letter wrong in a text, a value of another kind. What `tools/train.py` '
+        'does. *Trains*: to the end; a misspelt key is told in the log or is an error. *A line*: the only one, and '
+        'nothing was written.', '', '| | configs |', '|---|---:|',
+        *(f'| {kind} | {number} |' for kind, number in counts.most_common()), '',
+        *(['| mistake | what happens |', '|---|---|', *rows, ''] if rows else []),
+        f'Made by `python benchmarks/mistakes.py --mutations {count} --out docs/results/mutations.md`.', ''])
+
+
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument('cases', type=Path, metavar='CASES.jsonl')
+    parser.add_argument('cases', type=Path, nargs='?', metavar='CASES.jsonl')
+    parser.add_argument('--mutations', type=positive, help='in the place of cases, so many random mistakes')
     parser.add_argument('--only', nargs='+', help='the names of the cases to run')
     parser.add_argument('--out', type=Path, help='write the result page')
     args = parser.parse_args()
-    cases = [json.loads(line) for line in args.cases.read_text().splitlines()]
-    cases = [case for case in cases if not args.only or case['name'] in args.only]
+    if (args.cases is None) == (args.mutations is None):
+        parser.error('give either CASES.jsonl or --mutations')
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), 'train.json')
-        Path(folder, 'base.py').write_text(CONFIG.replace('ROOT', folder))
-        found = []
-        for case in cases:
-            kind, line = outcome(case['fragment'], Path(folder))
-            found.append((kind, re.sub(rf'{folder}(/tmp\w+)?', 'DATA', line)))
-            print(case['name'], *found[-1], sep=' | ', flush=True)
+        root = Path(folder)
+        write_data(root, 'train.json')
+        (root / 'base.py').write_text(CONFIG.replace('ROOT', folder))
+        text = mutated(args.mutations, root) if args.mutations else given(args.cases, args.only, root)
     if args.out:
-        args.out.write_text(page(cases, found))
+        args.out.write_text(text)
+
+
+def given(file: Path, only: Sequence[str] | None, root: Path) -> str:
+    """The result page of the cases in a file."""
+    cases = [json.loads(line) for line in file.read_text().splitlines()]
+    cases = [case for case in cases if not only or case['name'] in only]
+    found = []
+    for case in cases:
+        kind, line, _ = outcome(f"_base_ = '../base.py'\n{case['fragment']}", root)
+        found.append((kind, re.sub(rf'{root}(/tmp\w+)?', 'DATA', line)))
+        print(case['name'], *found[-1], sep=' | ', flush=True)
+    return page(cases, found)
 
 
 if __name__ == '__main__':

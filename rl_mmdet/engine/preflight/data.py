@@ -33,16 +33,17 @@ def check_data(cfg: Config, phase: str) -> None:
     nodes = list(nested_dicts(cfg.get(f'{phase}_dataloader') or {}))
     for node in nodes:
         root, prefix = node.get('data_root') or '', node.get('data_prefix')
+        setting = f'{phase}_dataloader.dataset'
+        _check_text(root, f'{setting}.data_root')
         if node.get('ann_file'):
-            _check_path(osp.join(root, node['ann_file']), osp.isfile, f'{phase}_dataloader.dataset.ann_file')
+            _check_path(root, node['ann_file'], osp.isfile, f'{setting}.ann_file')
         if 'ann_file' in node and isinstance(prefix, Mapping) and prefix.get('img'):
-            _check_path(osp.join(root, prefix['img']), osp.isdir, f'{phase}_dataloader.dataset.data_prefix.img')
+            _check_path(root, prefix['img'], osp.isdir, f'{setting}.data_prefix.img')
         if type_name(node) in IMAGE_FOLDERS and not isinstance(prefix, Mapping):
-            _check_path(osp.join(root, prefix or node.get('split') or ''), osp.isdir,
-                        f'{phase}_dataloader.dataset.data_root')
+            _check_path(root, prefix or node.get('split') or '', osp.isdir, f'{setting}.data_root')
     for node in nested_dicts(cfg.get(f'{phase}_evaluator') or {}):
         if node.get('ann_file') and not any(map(_is_digit_scenes, nodes)):
-            _check_path(node['ann_file'], osp.isfile, f'{phase}_evaluator.ann_file')
+            _check_path('', node['ann_file'], osp.isfile, f'{phase}_evaluator.ann_file')
 
 
 def make_data(cfg: Config, phase: str) -> None:
@@ -180,7 +181,14 @@ def _is_digit_scenes(node: Mapping[str, Any]) -> bool:
     return type_name(node) == DigitScenesDataset.__name__
 
 
-def _check_path(path: str, exists: Callable[[str], bool], setting: str) -> None:
+def _check_path(root: str, name: Any, exists: Callable[[str], bool], setting: str) -> None:
+    _check_text(name, setting)
+    path = osp.join(root, name)
     if '://' not in path and not exists(path):
         raise UserError(f'{setting}: {path} doesn\'t exist (looked from {os.getcwd()}); put the data there or move '
                         'the config with --cfg-options data_root=DIR')
+
+
+def _check_text(path: Any, setting: str) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f'{setting} must be a path, got {path!r}')

@@ -119,7 +119,7 @@ def meant(name: Any, known: Iterable[str]) -> str:
 
 def find_class(registry: Registry, name: Any) -> Callable | None:
     """The class of that name in a registry or its parents, as a config of the current scope means it."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         return name if callable(name) else None
     with registry.switch_scope_and_registry(None) as inner:
         return inner.get(name)

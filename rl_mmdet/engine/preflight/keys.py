@@ -4,13 +4,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from mmdet.registry import TASK_UTILS
 from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ...models.backbones.replacement_mixin import ARGUMENTS
 from ..config import nested_dicts, type_name
 from ..errors import UserError
-from .guard import at, close, meant, places_in
+from .guard import at, close, find_class, meant, parameters_of, places_in
 
 READ = {*inspect.signature(Runner.__init__).parameters, 'activation_checkpointing', 'compile', 'custom_imports',
         'efficient_conv_bn_eval', 'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn',
@@ -31,9 +32,21 @@ CHOICES = {'style': ('pytorch', 'caffe'), 'nms.type': ('nms', 'soft_nms', 'nms_r
 """What settings of a model may be; MMDetection takes other values for one of these, or stumbles much later."""
 ENDLESS = ('InfiniteSampler', 'MultiSourceSampler', 'GroupMultiSourceSampler')
 """Samplers for training by iterations."""
-OF_TESTS = ('score_thr', 'nms', 'iou_threshold', 'max_per_img', 'max_per_image', 'nms_pre', 'min_bbox_size',
-            'mask_thr_binary')
-"""Settings of a model's ``test_cfg``, of which MMDetection looks for what it knows and leaves others alone."""
+LOOKED_FOR = {
+    'test_cfg': ('score_thr', 'nms', 'iou_threshold', 'max_per_img', 'max_per_image', 'nms_pre', 'min_bbox_size',
+                 'mask_thr_binary'),
+    'nms': ('type', 'iou_threshold', 'class_agnostic', 'split_thr', 'max_num', 'score_threshold', 'min_score', 'sigma',
+            'method', 'offset'),
+    'filter_cfg': ('filter_empty_gt', 'min_size', 'bbox_min_size'),
+    'auto_scale_lr': ('enable', 'base_batch_size'),
+    'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),
+    'dist_cfg': ('backend', 'timeout'),
+}
+"""Settings in whose dicts MMDetection and MMEngine look for these keys, and leave all others alone."""
+NOTHING_ELSE = ('auto_scale_lr', 'env_cfg')
+"""Those that have no use for any other key."""
+CLOSE = .85
+"""How much alike a key and a known one must be for it to be a misspelt one."""
 
 
 def check_keys(cfg: Config) -> list[str]:
@@ -54,14 +67,15 @@ def check_keys(cfg: Config) -> list[str]:
         if of_model and not variable and not any(key in node and node[key] == cfg[key] for node in nested_dicts(model)):
             raise UserError(f'{key}: nobody reads it here; write '
                             f'model=dict({f"backbone=dict({key}=...)" if key in ARGUMENTS else f"{key}=..."})')
-        if key in unread and close(key, READ - {'tta_model', 'tta_pipeline'}, .85):
+        if key in unread and close(key, READ - {'tta_model', 'tta_pipeline'}, CLOSE):
             raise UserError(f'{key}: nobody reads it{meant(key, READ)}')
         if key in unread and key in OF_MMDET_2 and (key != 'data' or {'train', 'samples_per_gpu'} & set(cfg.data)):
             raise UserError(f'{key}: it is of MMDetection 2, and nobody reads it; write {OF_MMDET_2[key]}')
     for place in COUNTS:
         section, name = place.split('.')
         value = (cfg.get(section) or {}).get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1 or int(value) != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
+                value >= 1 and float(value).is_integer()):
             raise UserError(f'{place} must be an integer of at least 1, got {value!r}')
     for phase, names in (('train', ('train_dataloader', 'train_cfg', 'optim_wrapper')),
                          *((phase, (f'{phase}_dataloader', f'{phase}_cfg', f'{phase}_evaluator'))
@@ -69,7 +83,8 @@ def check_keys(cfg: Config) -> list[str]:
         missing = [name for name in names if cfg.get(name) is None]
         if missing and len(missing) < 3:
             raise UserError(f'{missing[0]}: it is missing; {phase} needs {", ".join(names)}, or none of them')
-    if not isinstance(logging.getLevelName(cfg.get('log_level') or 'INFO'), int):
+    level = cfg.get('log_level') or 'INFO'
+    if not (isinstance(level, int) or isinstance(level, str) and isinstance(logging.getLevelName(level), int)):
         raise UserError(f'log_level: unknown level {cfg.log_level!r}; allowed: DEBUG, INFO, WARNING, ERROR')
     seed = (cfg.get('randomness') or {}).get('seed')
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**32):
@@ -89,6 +104,7 @@ def _check_values(cfg: Config) -> None:
             cfg.get('train_cfg') or {})):
         raise UserError(f'train_dataloader.sampler.type={type_name(sampler)!r}: an epoch would have no end; take '
                         "DefaultSampler, or train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=...)")
+    _check_coders(cfg)
     for section in ('model', 'optim_wrapper', 'default_hooks', 'custom_hooks', 'train_dataloader', 'val_dataloader',
                     'env_cfg', 'auto_scale_lr'):
         for place in places_in(cfg, section):
@@ -96,10 +112,22 @@ def _check_values(cfg: Config) -> None:
             for name, allowed in CHOICES.items() if section == 'model' else ():
                 if '.'.join(place).endswith(f'.{name}') and isinstance(value, str) and value not in allowed:
                     raise UserError(f'{".".join(place)} must be one of {", ".join(allowed)}, got {value!r}')
-            if 'test_cfg' in place[:-1] and place[-1] not in OF_TESTS and close(place[-1], OF_TESTS, .9):
-                raise UserError(f'{".".join(place)}: nobody reads it{meant(place[-1], OF_TESTS)}')
+            for setting, names in LOOKED_FOR.items():
+                strict = setting == place[-2] and setting in NOTHING_ELSE and place[-1] != '_scope_'
+                if setting in place[:-1] and place[-1] not in names and (strict or close(place[-1], names, CLOSE)):
+                    raise UserError(f'{".".join(place)}: nobody reads it{meant(place[-1], names)}')
             if 'metainfo' not in place and isinstance(value, str) and value.lower() in ('true', 'false', 'yes', 'no'):
                 raise UserError(f'{".".join(place)} must be True or False, got the text {value!r}')
+
+
+def _check_coders(cfg: Config) -> None:
+    """Refuse misspelt arguments of a model's box coders, assigners and the like, some of which take all that comes."""
+    for place in places_in(cfg, 'model'):
+        holder = at(cfg, place[:-1])
+        cls = find_class(TASK_UTILS, holder.get('type')) if isinstance(holder, Mapping) else None
+        known = parameters_of(cls) if cls is not None else ()
+        if known and place[-1] not in known and close(place[-1], known, CLOSE):
+            raise UserError(f'{".".join(place)}: {cls.__name__} doesn\'t read it{meant(place[-1], known)}')
 
 
 def _occurs(value: Any, inside: Any) -> bool:

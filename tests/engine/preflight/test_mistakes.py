@@ -28,7 +28,18 @@ MISTAKES = {
     'score misspelt': ({'default_hooks.checkpoint.save_best': 'coco/bbox_mAPP'}, "no score is called 'coco/bbox_mAPP'; "
                                                                                  'did you mean coco/bbox_mAP '),
     'prefix misspelt': ({'val_dataloader.dataset.data_prefix.image': 'x/'}, "data_prefix.image: CocoDataset "),
+    'setting of NMS misspelt': ({'model.test_cfg.nms.tyype': 'nms'}, 'test_cfg.nms.tyype: nobody reads it'),
+    'filter misspelt': ({'train_dataloader.dataset.filter_cfg.min_szie': 1}, 'filter_cfg.min_szie: nobody reads it; '),
+    'scaling misspelt': ({'auto_scale_lr.bqse_size': 1}, 'auto_scale_lr.bqse_size: nobody reads it; did you mean '),
+    'environment misspelt': ({'env_cfg.qp_cfg': {}}, 'env_cfg.qp_cfg: nobody reads it; did you mean mp_cfg'),
+    'coder misspelt': ({'model.bbox_head.bbox_coder.target_mqans': [0.] * 4}, 'bbox_coder.target_mqans: DeltaXYWH'),
     # a value of another kind
+    'path': ({'train_dataloader.dataset.ann_file': 0.5}, 'train_dataloader.dataset.ann_file must be a path, got 0.5'),
+    'folder': ({'train_dataloader.dataset.data_prefix.img': [1]}, 'dataset.data_prefix.img must be a path, got [1]'),
+    'root': ({'train_dataloader.dataset.data_root': 1}, 'train_dataloader.dataset.data_root must be a path, got 1'),
+    'log level': (dict(log_level=[1]), 'log_level: unknown level [1]'),
+    'not a count': ({'train_dataloader.batch_size': float('nan')}, 'must be an integer of at least 1, got nan'),
+    'empty type': ({'default_hooks.logger.type': ''}, 'default_hooks'),
     'text for a truth value': ({'model.backbone.norm_eval': 'no'}, "norm_eval must be True or False, got the "),
     'dict for a truth value': ({'model.backbone.fold_norm': {}}, 'fold_norm must be True or False, got {}'),
     'count': ({'train_cfg.val_interval': 0}, 'train_cfg.val_interval must be an integer of at least 1, got 0'),
