@@ -25,6 +25,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 GONE = re.compile('[Cc]onnection (closed|reset) by peer|gloo')
 """What gloo says, in a RuntimeError, when it doesn't reach another process."""
 
+MISSING = re.compile(r"No such file or directory: '([^'\n]+)'")
+
 
 def build_runner(cfg: Config, texts: Iterable[str] = ()) -> Runner:
     """Build the config's runner and put ``texts`` at the top of its log."""
@@ -52,10 +54,10 @@ def _start_cpu_processes_(cfg: Config) -> None:
 def run_tool(main: Callable[[Namespace], None], args: Namespace) -> None:
     """Call a tool's ``main`` with its arguments.
 
-    A UserError, a full disk or a process of the run that is gone ends it with one line on stderr and exit status 1,
-    Ctrl-C with 130; of several processes each that fails says so. ``RL_MMDET_TRACEBACK=1`` in the environment shows
-    tracebacks. No file that is read runs code (:func:`~rl_mmdet.engine.safe_reading`), unless the arguments have
-    ``allow_pickle``.
+    A UserError, a full disk, a missing file or a process of the run that is gone ends it with one line on stderr and
+    exit status 1, Ctrl-C with 130; of several processes each that fails says so. ``RL_MMDET_TRACEBACK=1`` in the
+    environment shows tracebacks. No file that is read runs code (:func:`~rl_mmdet.engine.safe_reading`), unless the
+    arguments have ``allow_pickle``.
     """
     status, together = 0, True
     try:
@@ -79,6 +81,9 @@ def _line(error: BaseException) -> str:
         return f'interrupted {error}'.rstrip()
     if isinstance(error, UserError) or isinstance(error, OSError) and error.errno in NO_ROOM:
         return f'error: {error}'
+    if isinstance(error, FileNotFoundError):  # from a loader's process it comes as a text with a traceback
+        name = error.filename or (MISSING.findall(str(error)) or [''])[-1]
+        return f'error: {name}: there is no such file; was it moved or deleted meanwhile?' if name else ''
     if torch.distributed.is_initialized() and (isinstance(error, DistBackendError) or GONE.search(str(error))):
         return (f'error: another process of the run has ended or can\'t be reached ({first_line(error)}); its machine '
                 'may say why. What is saved is whole: --resume goes on from it')

@@ -46,3 +46,17 @@ def test_a_process_that_is_gone_ends_the_others_with_one_line(capsys, monkeypatc
         engine.run_tool(fail, Namespace())
     line, = capsys.readouterr().err.splitlines()
     assert 'another process of the run has ended' in line and str(error) in line and '--resume' in line
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_file_that_has_disappeared_is_named_in_one_line(capsys, tmp_path, workers):
+    def read(path):
+        return path.read_bytes()
+
+    def load(args):
+        list(torch.utils.data.DataLoader([tmp_path / 'gone.jpg'], collate_fn=lambda paths: read(paths[0]),
+                                         num_workers=workers))
+    with pytest.raises(SystemExit):
+        engine.run_tool(load, Namespace())
+    assert capsys.readouterr().err == (
+        f'error: {tmp_path}/gone.jpg: there is no such file; was it moved or deleted meanwhile?\n')
