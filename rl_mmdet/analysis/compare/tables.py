@@ -88,13 +88,13 @@ def _spread(value: Spread | None) -> str:
 
 
 def _cost_table(contents: Contents) -> Table:
-    baseline = contents.baseline.cost
+    baseline, on_cpu = contents.baseline.cost, contents.environment['device'].startswith('CPU')
     columns = {'trainable parameters, M': _count(baseline, 'trainable', 1e6, '.3f'),
                'training step, GFLOPs': _count(baseline, 'step_flops', 1e9, '.2f'),
                'saved for backward, MB': _count(baseline, 'saved_bytes', 1e6, '.1f'),
                'peak of a step, MB': _count(baseline, 'peak_bytes', 1e6, '.1f'),
-               'time of a step': _time('step'),
-               'latency': _time('latency')}
+               'time of a step': _time('step', on_cpu),
+               'latency': _time('latency', on_cpu)}
     rows = [[Cell(variant.name), *(Cell(NONE) if variant.cost is None else cell(variant.cost)
                                    for cell in columns.values())] for variant in contents.variants]
     height, width = baseline.image_size
@@ -104,6 +104,8 @@ def _cost_table(contents: Contents) -> Table:
                'called the same. Times are medians over rounds in which a variant and the baseline took turns in one '
                'process; their ratio in each round, its median, smallest and largest, is what compares variants, by a '
                'sign test (5 %; of 7 rounds all must agree).')
+    if on_cpu:
+        caption += ' On a CPU, which other programs use as well, only ratios are shown.'
     return Table('Cost', ['variant', *columns], rows, caption)
 
 
@@ -118,13 +120,14 @@ def _count(baseline: Cost, key: str, unit: float, form: str) -> Callable[[Cost],
     return cell
 
 
-def _time(key: str) -> Callable[[Cost], Cell]:
+def _time(key: str, on_cpu: bool) -> Callable[[Cost], Cell]:
     def cell(cost: Cost) -> Cell:
         ratios, seconds = getattr(cost, f'{key}_ratios'), median(getattr(cost, f'{key}_seconds'))
-        text = f'{1000 * seconds:.{0 if seconds >= 0.1 else 1}f} ms'
+        time = '' if on_cpu else f'{1000 * seconds:.{0 if seconds >= 0.1 else 1}f} ms'
         if set(ratios) == {1.}:
-            return Cell(text)
-        return Cell(f'{text} ({median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f})', _mark(side(ratios)))
+            return Cell(time or '1')
+        ratio = f'{median(ratios):.2f}', f'{min(ratios):.2f} to {max(ratios):.2f}'
+        return Cell(f'{time} ({", ".join(ratio)})' if time else '{} ({})'.format(*ratio), _mark(side(ratios)))
     return cell
 
 

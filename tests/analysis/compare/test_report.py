@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -149,6 +150,13 @@ def test_both_reports_say_what_was_found(html, markdown):
     assert '<summary>it ended</summary>' in html
     assert '```\npython tools/compare.py --seeds 2\n```' in markdown and '- torch: 2.x' in markdown
     assert {'python tools/compare.py --seeds 2', 'Machine 1', '2.x'} <= set(text)
+
+
+def test_of_a_cpu_no_absolute_times_are_shown(contents, tmp_path):
+    write_report(replace(contents, environment={'device': 'CPU (x86_64)'}), tmp_path)
+    text = (tmp_path / 'report.md').read_text()
+    assert '| 0.50 (0.45 to 0.60) | 1 |' in text
+    assert not re.search(r'\d ms', text)
 
 
 def test_both_reports_begin_with_date_data_and_a_verdict(html, markdown):
