@@ -154,7 +154,10 @@ def _build(cfg: Config, build: Callable[[Config], T]) -> T:
 
 def _blame(cfg: Config, setting: str, build: Callable, error: Exception) -> str:
     """The line for an error: the setting that is to blame, as far as that can be found out, and the reason."""
-    reason, places = reason_of(error), list(places_in(cfg, setting))
+    reason, places = reason_of(error), list(places_in(cfg, *setting.split('.')))
+    about_type = _blame_type(cfg, [*places, tuple(setting.split('.'))], reason, error)
+    if about_type:
+        return about_type
     unknown = re.search(r'(\S+) is not in the .*registry', reason)
     keyword = re.search(r"unexpected keyword argument '(\w+)'", reason)
     cls = _local(error, 'obj_cls')
@@ -171,6 +174,25 @@ def _blame(cfg: Config, setting: str, build: Callable, error: Exception) -> str:
     transform = type(_local(error, 't')).__name__
     reason = f'{transform}: {reason}' if TRANSFORMS.get(transform) else reason
     return f'{".".join(place)}={shorten(at(cfg, place))}: {reason}' if place else f'{setting}: {reason}'
+
+
+def _blame_type(cfg: Config, places: Iterable[tuple[str, ...]], reason: str, error: Exception) -> str | None:
+    """The line for a ``type`` that is missing, misspelt or no name; None if the error is about something else."""
+    if 'type must be a str' in reason:
+        found = [place for place in places if place[-1] == 'type' and not isinstance(at(cfg, place), str)]
+        return f'{".".join(found[0])} must be the name of a class, got {shorten(at(cfg, found[0]))}' if found else None
+    if 'must contain the key "type"' not in reason and "keyword argument '_scope_'" not in reason:
+        return None
+    untyped = {place: node for place in places if isinstance(node := at(cfg, place), Mapping) and 'type' not in node}
+    for place, node in untyped.items():
+        if close('type', node, .75):
+            return f'{".".join(place)}.{close("type", node, .75)[0]}: nobody reads it; did you mean type?'
+    given = _local(error, 'cfg')
+    for place, node in untyped.items():
+        if '_scope_' in reason and '_scope_' in node or isinstance(given, Mapping) and all(
+                key in given and given[key] == node[key] for key in node):
+            return f'{".".join(place)}.type: it is missing'
+    return None
 
 
 def _culprit(cfg: Config, places: Iterable[tuple[str, ...]], build: Callable) -> tuple[str, ...] | None:

@@ -57,6 +57,10 @@ MISTAKES = {
     'argument': ({'optim_wrapper.optimizer.nestero': 1},
                  'optim_wrapper.optimizer.nestero: SGD takes no nestero; did you mean nesterov'),
     'seed': (dict(randomness=dict(sead=1)), 'randomness.sead: '),
+    'type misspelt': (dict(visualizer=dict(_delete_=True, typ='DetLocalVisualizer')), 'visualizer.typ: nobody reads it'),
+    'type missing': ({PIPELINE: [dict(scale=(9, 9))]}, f'{PIPELINE}.0.type: it is missing'),
+    'type of a loop missing': ({'val_cfg': dict(_delete_=True, _scope_='mmdet')}, 'val_cfg.type: it is missing'),
+    'type that is no name': ({'model.bbox_head.loss_cls.type': []}, 'bbox_head.loss_cls.type must be the name of '),
     # what a part refuses
     'batches': ({'train_dataloader.num_workers': -1}, 'train_dataloader.num_workers=-1: '),
     'clipping': ({'optim_wrapper.clip_grad': dict(maxnorm=1)}, 'optim_wrapper.clip_grad.maxnorm: '),
@@ -96,6 +100,11 @@ def test_what_is_right_passes_and_the_log_says_what_nobody_reads_and_what_is_fol
                    'loaders': dict(batch_size=-7), 'optim_wrapper.optimizer.lr': 0})
     assert any('fold_norm: 36 of 36 BatchNorms are folded' in text for text in texts)
     assert texts[-1] == 'settings that nobody reads: data_root, loaders'
+
+
+def test_a_rate_is_scaled_where_a_batch_sampler_makes_the_batches(check, parsed):
+    assert parsed.train_dataloader.batch_sampler.type == 'AspectRatioBatchSampler'
+    check({'auto_scale_lr.enable': True})
 
 
 def test_a_schedule_by_iterations_knows_the_real_length_of_an_epoch(check):
