@@ -57,7 +57,7 @@ MISTAKES = {
     'argument': ({'optim_wrapper.optimizer.nestero': 1},
                  'optim_wrapper.optimizer.nestero: SGD takes no nestero; did you mean nesterov'),
     'seed': (dict(randomness=dict(sead=1)), 'randomness.sead: '),
-    'type misspelt': (dict(visualizer=dict(_delete_=True, typ='DetLocalVisualizer')), 'visualizer.typ: nobody reads it'),
+    'type misspelt': (dict(visualizer=dict(_delete_=True, typ='DetLocalVisualizer')), 'visualizer.typ: nobody reads'),
     'type missing': ({PIPELINE: [dict(scale=(9, 9))]}, f'{PIPELINE}.0.type: it is missing'),
     'type of a loop missing': ({'val_cfg': dict(_delete_=True, _scope_='mmdet')}, 'val_cfg.type: it is missing'),
     'type that is no name': ({'model.bbox_head.loss_cls.type': []}, 'bbox_head.loss_cls.type must be the name of '),
