@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rl_mmdet.replacement import computing_layers, fit_outputs_, materialize, replace_blocks_
 from rl_mmdet.replacement.start import Fade, layers_to_fit
@@ -134,6 +135,36 @@ def test_a_fade_goes_from_the_block_to_the_layer(trained, batches):
         fade.set_(1)
     assert not layers_to_fit(net)
     assert not any(layer._forward_hooks for layer in computing_layers(net).values())
+
+
+def run(how: str, net: nn.Module, x: Tensor) -> Tensor:
+    """A training step's forward pass."""
+    if how == 'autocast':
+        with torch.autocast('cpu', torch.bfloat16):
+            return net(x).float()
+    if how == 'compiled':
+        return torch.compile(net, backend='aot_eager')(x)
+    return checkpoint(net, x, use_reentrant=False) if how == 'checkpointed' else net(x)
+
+
+@pytest.mark.parametrize(('how', 'error'), [('autocast', .1), ('compiled', 1e-5), ('checkpointed', 1e-5)])
+def test_a_fade_is_the_same_under(trained, batches, how, error):
+    results = []
+    for each in ('plain', how):
+        net = replaced(trained, fusion=TRANSFORM, gradient=dict(every=1)).train()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        fades = [Fade(layer) for layer in computing_layers(net).values()]
+        for alpha in (0.25, 0.75):  # what is compiled once follows it
+            for fade in fades:
+                fade.set_(alpha)
+            out = run(each, net, batches[0])
+        out.square().mean().backward()
+        results.append([out.detach(), *(p.grad for layer in computing_layers(net).values()
+                                        for p in layer.own_parameters().values())])
+    for plain, other in zip(*results, strict=True):
+        assert float((other - plain).norm()) <= error * float(plain.norm())
 
 
 @pytest.mark.parametrize(('settings', 'message'), [
