@@ -32,6 +32,7 @@ FULL = (*TRANSFORM, f'{R}fusion.share=0.2', EVERY_STEP)
 LENGTHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
 VARIANTS = {
     'skip': (*REPLACED, f'{R}operator.type=Skip'),
+    'skip-fade': (*REPLACED, f'{R}operator.type=Skip', FIT, FADE),
     'average': REPLACED,
     'full-fit': (*FULL, FIT),
     'light': SLIM,
