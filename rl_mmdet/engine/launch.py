@@ -22,7 +22,7 @@ from .reading import safe_reading
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Why a file can't be written at any time: the disk, a quota or a limit is full, or it became read-only."""
 
-GONE = re.compile('[Cc]onnection (closed|reset) by peer|gloo')
+GONE = re.compile('[Cc]onnection (closed|reset) by peer|gloo/transport')
 """What gloo says, in a RuntimeError, when it doesn't reach another process."""
 
 MISSING = re.compile(r"No such file or directory: '([^'\n]+)'")

@@ -126,7 +126,7 @@ def _check_coders(cfg: Config) -> None:
         holder = at(cfg, place[:-1])
         cls = find_class(TASK_UTILS, holder.get('type')) if isinstance(holder, Mapping) else None
         known = parameters_of(cls) if cls is not None else ()
-        if known and place[-1] not in known and close(place[-1], known, CLOSE):
+        if known and place[-1] not in (*known, 'type') and close(place[-1], known, CLOSE):
             raise UserError(f'{".".join(place)}: {cls.__name__} doesn\'t read it{meant(place[-1], known)}')
 
 

@@ -107,6 +107,10 @@ def test_a_rate_is_scaled_where_a_batch_sampler_makes_the_batches(check, parsed)
     check({'auto_scale_lr.enable': True})
 
 
+def test_the_type_of_a_class_with_a_dtype_is_no_misspelling(check):
+    check({'model.train_cfg.assigner.iou_calculator': dict(type='BboxOverlaps2D')})
+
+
 def test_a_schedule_by_iterations_knows_the_real_length_of_an_epoch(check):
     check(dict(param_scheduler=[dict(type='LinearLR', start_factor=.1, by_epoch=False, begin=0, end=1),
                                 dict(type='CosineAnnealingLR', by_epoch=False, begin=1)]))
