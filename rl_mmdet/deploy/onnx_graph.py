@@ -1,4 +1,5 @@
 """The backbone and neck of a trained detector as an ONNX graph, checked against torch."""
+import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -110,13 +111,16 @@ def export_onnx(cfg: Config, checkpoint: str, out: str, *, size: Sequence[int] |
     if not all(isinstance(each, Tensor) for each in wanted[0]):
         raise UserError(f'{type(detector).__name__}: its backbone and neck give something other than feature maps, '
                         'which can\'t be exported')
-    with written_whole(out) as file:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'graph.onnx')
         _write_graph(features, batches[-1], len(wanted[0]), file, size is None)
         difference = max(_difference(file, batch, maps) for batch, maps in zip(batches, wanted, strict=True))
         if not difference <= TOLERANCE:
             raise UserError(f'{out}: the graph\'s maps differ from torch\'s by {difference:.0e} of their largest '
                             f'value, {TOLERANCE:.0e} is allowed; nothing is written{_fix(size)}')
         quantised = quantise_(file, detector, plain.cfg, loader) if int8 else None
+        with written_whole(out) as written:
+            shutil.copyfile(file, written)
     checked = sorted({tuple(batch.shape[-2:]) for batch in batches}, reverse=True)
     source = source if loader else f'{source} ({reason})'
     return Exported([each.shape[1] for each in wanted[0]], size and tuple(size), checked, source, difference, quantised)

@@ -24,8 +24,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 GONE = re.compile('[Cc]onnection (closed|reset) by peer|gloo/transport')
 """What gloo says, in a RuntimeError, when it doesn't reach another process."""
-
 MISSING = re.compile(r"No such file or directory: '([^'\n]+)'")
+"""What is said of a file in a loader's process."""
 
 
 def build_runner(cfg: Config, texts: Iterable[str] = ()) -> Runner:
