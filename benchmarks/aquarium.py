@@ -6,8 +6,13 @@ three or four blocks. On a CPU core a training of 8 epochs (448 iterations) take
 (3,024 iterations) over an hour.
 
     python benchmarks/aquarium.py --data DIR --weights mobilenet-v2_imagenet.pth --work-dir work_dirs/aquarium
-    python benchmarks/aquarium.py --data DIR --weights mobilenet-v2_imagenet.pth --work-dir work_dirs/aquarium_long \
-        --epochs 54 --seeds 1 --variants skip light-fit-fade
+
+Settings of the method, one seed each, and a long training:
+
+    python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_settings --seeds 1 \
+        --variants average coupled pair-per-tensor fast-pair light-fit-fade light-fit light-fit-500-fade full-fit
+    python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_long --epochs 54 --seeds 1 \
+        --variants skip light-fit-fade
 """
 import argparse
 import subprocess
@@ -60,7 +65,7 @@ VARIANTS = {
 }
 
 
-ON_THE_PAGE = ('skip', 'average', 'light-fit-fade', 'full-fit-fade', 'light-fit', 'full-fit', 'fixed')
+ON_THE_PAGE = ('skip', 'skip-fade', 'average', 'light-fit-fade', 'full-fit-fade', 'fixed', 'frozen-2', 'fold-norm')
 
 
 def command(args: argparse.Namespace) -> list[str]:
