@@ -1,4 +1,4 @@
-"""Fine-tuning from ImageNet weights with blocks replaced: what is lost, and what a fitted start keeps.
+r"""Fine-tuning from ImageNet weights with blocks replaced: what is lost, and what a fitted start keeps.
 
 Faster R-CNN with MobileNetV2 on Aquarium (configs/aquarium), compared by tools/compare.py. Replaced are 4 of the 14
 blocks in stages, one in each of the last four: what ``EveryKth`` chooses with k = 2, 3 and 4, as these stages have

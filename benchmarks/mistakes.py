@@ -80,7 +80,7 @@ def outcome(text: str, root: Path) -> tuple[str, str, str]:
     if process.exitcode == 0:
         return 'trains', '', log
     if process.exitcode == 1 and lines and lines[-1].startswith('error: ') and not any('Traceback' in x for x in lines):
-        return 'a line, but something was written' if written else 'a line', lines[-1].removeprefix('error: '), log
+        return 'begins, and ends with a line' if written else 'a line', lines[-1].removeprefix('error: '), log
     return 'traceback', lines[-1] if lines else f'exit status {process.exitcode}', log
 
 
@@ -143,7 +143,7 @@ def mutated(count: int, root: Path) -> str:
         f'{count} whole configs of a small RetinaNet with an `RLResNet`, six images, one epoch, each with one random '
         'mistake: a key misspelt or left out, a letter wrong in a text, a value of another kind. What `tools/train.py` '
         'does. *Trains*: to the end; a misspelt key is told in the log or is an error. *A line*: the only one, and '
-        'nothing was written.', '', '| | configs |', '|---|---:|',
+        'nothing was written. *Begins*: it trains until a loss is no number.', '', '| | configs |', '|---|---:|',
         *(f'| {kind} | {number} |' for kind, number in counts.most_common()), '',
         *(['| mistake | what happens |', '|---|---|', *rows, ''] if rows else []),
         f'Made by `python benchmarks/mistakes.py --mutations {count} --out docs/results/mutations.md`.', ''])

@@ -66,6 +66,10 @@ def load_config(path: str, options: Mapping[str, Any] | None = None, work_dir: s
             if cfg.get(name) is not None and not isinstance(cfg[name], kinds):
                 allowed = ' or '.join('dict' if kind is Mapping else kind.__name__ for kind in kinds)
                 raise UserError(f'{name} must be a {allowed}, got {cfg[name]!r}')
+    imports = (cfg.get('custom_imports') or {}).get('imports', [])
+    names = imports if isinstance(imports, (list, tuple)) else [imports]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"custom_imports.imports must be a list of modules such as ['rl_mmdet'], got {imports!r}")
     if cfg.get('launcher') not in (None, 'none', 'pytorch', 'slurm', 'mpi'):
         raise UserError(f'launcher: the option --launcher says it; the config has {cfg.launcher!r}')
     cfg.launcher = launcher

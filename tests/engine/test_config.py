@@ -33,6 +33,8 @@ def test_a_config_of_mmdetection_is_found_by_the_name_it_has_as_a_base():
     ('a = (', {}, 'SyntaxError'),
     ('a = 1', {'data_root': 'x'}, 'no top-level data_root'),
     ('a = [1]', {'a.b': 2}, '--cfg-options: '),
+    ('custom_imports = dict(imports=0)', {}, "custom_imports.imports must be a list of modules such as"),
+    ('custom_imports = dict(imports=None)', {}, "custom_imports.imports must be a list of modules such as"),
 ])
 def test_what_cannot_be_read_is_refused_in_one_line(config, text, options, complaint):
     path = 'nothing.py' if text is None else text if '::' in text else config(text)

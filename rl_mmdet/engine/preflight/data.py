@@ -35,7 +35,7 @@ def check_data(cfg: Config, phase: str) -> None:
         root, prefix = node.get('data_root') or '', node.get('data_prefix')
         setting = f'{phase}_dataloader.dataset'
         _check_text(root, f'{setting}.data_root')
-        if node.get('ann_file'):
+        if node.get('ann_file') not in (None, ''):
             _check_path(root, node['ann_file'], osp.isfile, f'{setting}.ann_file')
         if 'ann_file' in node and isinstance(prefix, Mapping) and prefix.get('img'):
             _check_path(root, prefix['img'], osp.isdir, f'{setting}.data_prefix.img')

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from mmdet.models.roi_heads.mask_heads import FusedSemanticHead
 from mmdet.registry import DATASETS
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ..config import nested_dicts, type_name
 from ..errors import UserError
@@ -67,8 +68,12 @@ def small_loader(cfg: Config, setting: str, small: SmallData, side: int | None =
     return loader
 
 
-def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[dict, Any] | None:
+def see(cfg: Config, phase: str, model: nn.Module, small: SmallData, own: Dataset) -> tuple[dict, Any] | None:
     """Show the detector two images of a phase; of several data sets in a row, two of the first and of the last.
+
+    Args:
+        cfg, phase, model, small: as in :func:`~.rehearsal.rehearse`.
+        own: the phase's data set, in which images aren't resized for this.
 
     Returns:
         The batch, and the losses or the predictions; None if they can be had only where the run will be.
@@ -82,6 +87,7 @@ def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[di
                 loader = small_loader(Config(deepcopy(cfg._cfg_dict)), f'{phase}_dataloader', small, side)
                 several = isinstance(loader.dataset.dataset, ConcatDataset)  # semi-supervised detectors want all kinds
                 batch = loader.collate_fn([loader.dataset[index] for index in (0, 1, *(-2, -1) * several)])
+                _forget_scale_(batch, own)
                 model.train(phase == 'train')
                 inputs = model.data_preprocessor(batch, phase == 'train')
                 return batch, model(**inputs, mode='loss' if phase == 'train' else 'predict')
@@ -90,6 +96,14 @@ def see(cfg: Config, phase: str, model: nn.Module, small: SmallData) -> tuple[di
                 return None
             failed = error
     raise UserError(_why(failed, model)) from failed
+
+
+def _forget_scale_(batch: Mapping[str, Any], own: Dataset) -> None:
+    """Let samples have no scale factor if the run's own haven't: here a Resize more has set it."""
+    theirs = own[0].get('data_samples') if isinstance(own[0], Mapping) else None
+    if isinstance(theirs, DetDataSample) and 'scale_factor' not in theirs.metainfo:
+        for sample in batch['data_samples']:
+            sample.pop('scale_factor', None)
 
 
 def initialise_(model: nn.Module) -> None:

@@ -26,7 +26,8 @@ OF_MMDET_2 = {
     'fp16': "optim_wrapper=dict(type='AmpOptimWrapper')"}
 """Top-level settings of MMDetection 2, and what to write today."""
 COUNTS = ('train_cfg.max_epochs', 'train_cfg.max_iters', 'train_cfg.val_interval', 'train_dataloader.batch_size',
-          'val_dataloader.batch_size', 'test_dataloader.batch_size', 'auto_scale_lr.base_batch_size')
+          'val_dataloader.batch_size', 'test_dataloader.batch_size', 'auto_scale_lr.base_batch_size',
+          'log_processor.window_size')
 """Settings that must be integers of at least 1."""
 CHOICES = {'style': ('pytorch', 'caffe'), 'nms.type': ('nms', 'soft_nms', 'nms_rotated', 'nms_quadri')}
 """What settings of a model may be; MMDetection takes other values for one of these, or stumbles much later."""
@@ -77,6 +78,10 @@ def check_keys(cfg: Config) -> list[str]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
                 value >= 1 and float(value).is_integer()):
             raise UserError(f'{place} must be an integer of at least 1, got {value!r}')
+    for phase in ('train', 'val', 'test'):
+        workers = (cfg.get(f'{phase}_dataloader') or {}).get('num_workers', 0)
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+            raise UserError(f'{phase}_dataloader.num_workers must be an integer of at least 0, got {workers!r}')
     for phase, names in (('train', ('train_dataloader', 'train_cfg', 'optim_wrapper')),
                          *((phase, (f'{phase}_dataloader', f'{phase}_cfg', f'{phase}_evaluator'))
                            for phase in ('val', 'test'))):
@@ -99,6 +104,9 @@ def _check_values(cfg: Config) -> None:
     if interval == 0:
         raise UserError('default_hooks.checkpoint.interval must be an integer of at least 1, or -1 for no checkpoints, '
                         'got 0')
+    name = (cfg.get('visualizer') or {}).get('name', 'visualizer')
+    if not isinstance(name, str):
+        raise UserError(f'visualizer.name must be a text, got {name!r}')
     sampler = (cfg.get('train_dataloader') or {}).get('sampler') or {}
     if type_name(sampler) in ENDLESS and (cfg.get('train_cfg') or {}).get('by_epoch', 'max_epochs' in (
             cfg.get('train_cfg') or {})):

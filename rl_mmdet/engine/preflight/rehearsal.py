@@ -55,7 +55,8 @@ def rehearse(cfg: Config, model: nn.Module, *phases: str) -> None:
                     built(cfg, setting, lambda cfg, build=build: build(new(cfg)))
         built(cfg, 'model', lambda cfg: initialise_(model))
         for phase in phases:
-            seen = see(cfg, phase, model, small) if isinstance(loaders[phase].dataset, Lengthened) else None
+            own = loaders[phase].dataset
+            seen = see(cfg, phase, model, small, own) if isinstance(own, Lengthened) else None
             for part, build in (('evaluator', partial(_evaluate, seen=seen)), ('cfg', _build_loop)):
                 if phase != 'train':
                     built(cfg, f'{phase}_{part}', lambda cfg, phase=phase, build=build: build(new(cfg), phase, small))

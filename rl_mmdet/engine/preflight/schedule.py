@@ -1,6 +1,7 @@
 """Checks of optimizer, schedulers, hooks and loops beyond what their classes check."""
 import math
 from collections.abc import Iterator, Mapping
+from multiprocessing import get_all_start_methods
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -8,6 +9,7 @@ from mmengine.config import Config
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import (
     HOOKS,
+    LOG_PROCESSORS,
     MODEL_WRAPPERS,
     OPTIM_WRAPPER_CONSTRUCTORS,
     OPTIM_WRAPPERS,
@@ -16,6 +18,7 @@ from mmengine.registry import (
     RUNNERS,
     Registry,
 )
+from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 
 from ..errors import UserError
@@ -51,6 +54,11 @@ def check_schedule(cfg: Config) -> None:
         cls = find_class(registry, node.get('type'))
         if cls is not None:
             _check_kinds(place, node, cls)
+    workers = (cfg.get('env_cfg') or {}).get('mp_cfg') or {}
+    _check_kinds('env_cfg.mp_cfg', workers, set_multi_processing)
+    if workers.get('mp_start_method', 'fork') not in get_all_start_methods():
+        raise UserError(f'env_cfg.mp_cfg.mp_start_method must be one of {", ".join(get_all_start_methods())}, got '
+                        f'{workers.mp_start_method!r}')
     for name in cfg.get('default_hooks') or {}:
         if name not in DEFAULT_HOOKS and close(name, DEFAULT_HOOKS, .8):
             raise UserError(f'default_hooks.{name}: a hook more beside the default ones{meant(name, DEFAULT_HOOKS)}')
@@ -108,8 +116,9 @@ def _check_paramwise(options: Any, constructor: Any, optimizer: Any) -> None:
 
 
 def _typed(cfg: Config) -> Iterator[tuple[str, Mapping, Registry]]:
-    """Hooks and schedulers with their settings' names and their registries."""
-    for section, registry in (('default_hooks', HOOKS), ('custom_hooks', HOOKS), ('param_scheduler', PARAM_SCHEDULERS)):
+    """Hooks, schedulers and the log's settings, with their settings' names and their registries."""
+    for section, registry in (('default_hooks', HOOKS), ('custom_hooks', HOOKS), ('param_scheduler', PARAM_SCHEDULERS),
+                              ('log_processor', LOG_PROCESSORS)):
         nodes = cfg.get(section) or {}
         nodes = {'': nodes} if 'type' in nodes else dict(enumerate(nodes)) if isinstance(nodes, list) else nodes
         for name, node in nodes.items():
