@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Sequence
 
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,6 +35,7 @@ def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle
     Raises:
         UserError: the first mistake found. At most an empty work dir has been written then.
     """
+    init_default_scope(cfg.get('default_scope') or 'mmdet')  # in which names of classes are looked up
     unread = check_keys(cfg)
     model, texts = _inspect(cfg, ignore_keys, allow_pickle)
     _rehearse(cfg, model, 'train', 'val')
@@ -43,6 +45,7 @@ def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle
 
 def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> list[str]:
     """The first half of :func:`check_training`, which looks at model and checkpoints and writes nothing."""
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
     return _inspect(cfg, ignore_keys, allow_pickle)[1]
 
 

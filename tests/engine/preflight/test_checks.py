@@ -1,14 +1,18 @@
 """Mistakes are found before training, each with one clear line."""
 import copy
 import os
+from collections import OrderedDict
+from pathlib import Path
 
+import mmdet
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import TRANSFORMS, DefaultScope
+from mmengine.registry import TRANSFORMS, DefaultScope, init_default_scope
 
 from rl_mmdet.engine import (
     UserError,
+    add_rl_defaults_,
     build_model,
     check_testing,
     check_training,
@@ -16,6 +20,8 @@ from rl_mmdet.engine import (
     load_config,
 )
 from rl_mmdet.engine.options import enable_tta_
+from rl_mmdet.engine.preflight.keys import check_keys
+from rl_mmdet.engine.preflight.schedule import check_schedule
 
 BASELINE = 'atss_r34_fpn_digits.py'
 
@@ -142,6 +148,12 @@ def test_weights_in_pieces_are_refused_where_blocks_read_their_neighbours(tiny, 
     inspect_training(tiny(setting, name=BASELINE))
 
 
+def test_classes_of_mmdetection_are_found_before_anything_else_has_set_the_scope(tiny, monkeypatch):
+    cfg = tiny("optim_wrapper = dict(constructor='LearningRateDecayOptimizerConstructor')", name=BASELINE)
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
+    inspect_training(cfg)
+
+
 def test_an_optimizer_whose_checkpoints_hang_is_refused(tiny):
     text = "optim_wrapper = dict(optimizer=dict(type='ZeroRedundancyOptimizer', optimizer_type='AdamW'))"
     with pytest.raises(UserError, match="ZeroRedundancyOptimizer.*hangs.*optimizer_type"):
@@ -161,3 +173,28 @@ def test_a_project_with_a_scope_of_its_own_passes_also_with_test_time_augmentati
 def test_a_variable_that_the_model_was_made_of_may_differ_from_it(check):
     """As MMDetection's semi-supervised configs have a ``detector``, of which a child changes the model's copy."""
     assert check(dict(neck=dict(type='FPN', in_channels=[1])))[-1] == 'settings that nobody reads: data_root, neck'
+
+
+INCOMPLETE = {'clrnet.py', 'qdtrack_faster-rcnn_r50_fpn_4e_base.py', 'ga-fast-rcnn_r50-caffe_fpn_1x_coco.py'}
+"""Configs of MMDetection that it can't train either."""
+
+
+@pytest.mark.slow
+def test_nothing_in_mmdetections_own_configs_is_taken_for_a_mistake():
+    init_default_scope('mmdet')
+    folder = Path(mmdet.__file__).parent / '.mim' / 'configs'
+    paths = [path for path in sorted(folder.glob('*/*.py')) if path.parent.name != '_base_']
+    refused, checked = {}, 0
+    for path in paths:
+        try:
+            cfg = add_rl_defaults_(load_config(str(path)))
+        except UserError:  # it needs a package, or another config, that isn't here
+            continue
+        checked += 1
+        try:
+            check_keys(cfg)
+            check_schedule(cfg)
+        except UserError as error:
+            refused[path.name] = str(error)
+    assert checked > 500
+    assert refused.keys() <= INCOMPLETE, refused
