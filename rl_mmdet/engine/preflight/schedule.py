@@ -54,14 +54,20 @@ def check_schedule(cfg: Config) -> None:
         cls = find_class(registry, node.get('type'))
         if cls is not None:
             _check_kinds(place, node, cls)
-    workers = (cfg.get('env_cfg') or {}).get('mp_cfg') or {}
-    _check_kinds('env_cfg.mp_cfg', workers, set_multi_processing)
-    if workers.get('mp_start_method', 'fork') not in get_all_start_methods():
-        raise UserError(f'env_cfg.mp_cfg.mp_start_method must be one of {", ".join(get_all_start_methods())}, got '
-                        f'{workers.mp_start_method!r}')
+    _check_workers((cfg.get('env_cfg') or {}).get('mp_cfg') or {})
     for name in cfg.get('default_hooks') or {}:
         if name not in DEFAULT_HOOKS and close(name, DEFAULT_HOOKS, .8):
             raise UserError(f'default_hooks.{name}: a hook more beside the default ones{meant(name, DEFAULT_HOOKS)}')
+
+
+def _check_workers(settings: Any) -> None:
+    """Check ``env_cfg.mp_cfg``, of which MMEngine takes whatever comes."""
+    if not isinstance(settings, Mapping):
+        raise UserError(f"env_cfg.mp_cfg must be a dict such as dict(mp_start_method='fork'), got {settings!r}")
+    _check_kinds('env_cfg.mp_cfg', settings, set_multi_processing)
+    method, allowed = settings.get('mp_start_method', 'fork'), get_all_start_methods()
+    if method not in allowed:
+        raise UserError(f'env_cfg.mp_cfg.mp_start_method must be one of {", ".join(allowed)}, got {method!r}')
 
 
 def check_step(wrapper: OptimWrapper, model: nn.Module) -> None:

@@ -63,6 +63,7 @@ MISTAKES = {
     'type that is no name': ({'model.bbox_head.loss_cls.type': []}, 'bbox_head.loss_cls.type must be the name of '),
     'workers': ({'train_dataloader.num_workers': .5}, 'num_workers must be an integer of at least 0, got 0.5'),
     'start method': ({'env_cfg.mp_cfg.mp_start_method': -1}, 'env_cfg.mp_cfg.mp_start_method must be '),
+    'no settings of processes': ({'env_cfg.mp_cfg': True}, 'env_cfg.mp_cfg must be a dict such as'),
     'threads': ({'env_cfg.mp_cfg.opencv_num_threads': [1]}, 'env_cfg.mp_cfg.opencv_num_threads must be int, got [1]'),
     'window': ({'log_processor.window_size': []}, 'log_processor.window_size must be an integer of at least 1, got []'),
     'name': ({'visualizer.name': [1]}, 'visualizer.name must be a text, got [1]'),
