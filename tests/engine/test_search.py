@@ -565,7 +565,7 @@ PLAN = 'model.backbone.replacement.plan'
     ({f'{PLAN}.epochs': 7}, 'the search of 7 epochs is longer than the run of 6 (train_cfg.max_epochs); shorten it'),
     ({'compile': True}, "can't be compiled"),
     ({'runner_type': 'FlexibleRunner'}, 'not with FlexibleRunner'),
-    ({'model_wrapper_cfg': dict(type='MMFullyShardedDataParallel')}, 'not with MMFullyShardedDataParallel'),
+    ({'model_wrapper_cfg': dict(type='MMFullyShardedDataParallel')}, 'not with replaced or folded blocks'),
     ({'model_wrapper_cfg': dict(type='MMDistributedDataParallel', static_graph=True)}, "isn't static"),
     ({f'{PLAN}.budget': dict(params=0.1)}, "the budget can't be reached: with 8 blocks replaced"),
 ])
