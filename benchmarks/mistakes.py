@@ -17,7 +17,7 @@ import numpy as np
 
 import rl_mmdet  # noqa: F401  so that the processes below, which are forks, needn't import it
 from command_line import Parser, positive
-from mutations import LEFT_ALONE, mutation
+from mutations import mutation
 from rl_mmdet.engine import load_config
 
 TRAIN = Path(__file__).resolve().parents[1] / 'tools' / 'train.py'
@@ -130,7 +130,7 @@ def mutated(count: int, root: Path) -> str:
     settings = load_config(str(root / 'base.py'), None, 'work').to_dict()
     counts, rows = Counter(), []
     for seed in range(count):
-        text, change, wrong = mutation({key: settings[key] for key in settings if key not in LEFT_ALONE}, seed)
+        text, change, wrong = mutation(settings, seed)
         kind, line, log = outcome(text, root)
         if kind == 'trains' and wrong and wrong not in log:
             kind = 'trains, and a misspelt key is not told'

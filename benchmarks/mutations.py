@@ -17,13 +17,14 @@ def mutation(settings: dict, seed: int) -> tuple[str, str, str | None]:
     """A config with one mistake in it.
 
     Args:
-        settings: the config's settings: plain dicts, lists and values; they stay as they are.
+        settings: the config's settings: plain dicts, lists and values; they stay as they are. The config gets them all
+            but ``LEFT_ALONE``.
         seed: of the mistake.
 
     Returns:
         The config's text, the change as a user would describe it, and the key that now is misspelt, or None.
     """
-    settings = copy.deepcopy(settings)
+    settings = copy.deepcopy({key: settings[key] for key in settings if key not in LEFT_ALONE})
     change, wrong = mutate_(settings, random.Random(seed))
     lines = [f'{key} = {value!r}' for key, value in settings.items()]
     return '\n'.join(["nan = float('nan')", *lines, 'del nan', '']), change, wrong
@@ -68,7 +69,7 @@ def _places(value: Any, place: str = '') -> Iterator[tuple[str, Any, Any]]:
     """Dotted key, last key and holder of every setting."""
     for key in list(value) if isinstance(value, dict) else range(len(value)):
         inner = f'{place}.{key}' if place else str(key)
-        if inner in LEFT_ALONE or key == '_scope_':
+        if key == '_scope_':
             continue
         yield inner, key, value
         if isinstance(value[key], (dict, list)):

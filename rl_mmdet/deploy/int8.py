@@ -3,7 +3,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import torch
 from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
+from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -70,8 +70,8 @@ def quantise_(file: Path, detector: BaseDetector, cfg: Config, loader: DataLoade
     before = _evaluate(detector, cfg, loader, 'float')
     count = min(CALIBRATION_IMAGES, len(loader.dataset))
     chosen = [number * len(loader.dataset) // count for number in range(count)]
-    images = [detector.data_preprocessor(batch, False)['inputs']
-              for batch in DataLoader(Subset(loader.dataset, chosen), collate_fn=loader.collate_fn)]
+    spread = DataLoader(Subset(loader.dataset, chosen), collate_fn=loader.collate_fn)
+    images = (detector.data_preprocessor(batch, False)['inputs'] for batch in spread)  # not all in memory at a time
     with tempfile.TemporaryDirectory() as folder:
         quantised = Path(folder, 'int8.onnx')
         _quantise(file, quantised, images)
@@ -80,10 +80,11 @@ def quantise_(file: Path, detector: BaseDetector, cfg: Config, loader: DataLoade
             after = _evaluate(detector, cfg, loader, 'int8')
         size = file.stat().st_size, quantised.stat().st_size
         file.write_bytes(quantised.read_bytes())
-    return Int8(count, len(loader.dataset), before, after, size, _time_ratios(*graphs, images[0]))
+    image = detector.data_preprocessor(next(iter(spread)), False)['inputs']
+    return Int8(count, len(loader.dataset), before, after, size, _time_ratios(*graphs, image))
 
 
-def _quantise(file: Path, out: Path, images: list[Tensor]) -> None:
+def _quantise(file: Path, out: Path, images: Iterator[Tensor]) -> None:
     """Write the int8 graph."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -91,11 +92,8 @@ def _quantise(file: Path, out: Path, images: list[Tensor]) -> None:
     class Images(quantization.CalibrationDataReader):
         """Hands out the images one by one, then None."""
 
-        def __init__(self) -> None:
-            self.left = iter(images)
-
         def get_next(self) -> dict | None:
-            image = next(self.left, None)
+            image = next(images, None)
             return None if image is None else dict(images=image.numpy())
 
     prepared = out.with_name('prepared.onnx')
@@ -113,7 +111,7 @@ def _quantise(file: Path, out: Path, images: list[Tensor]) -> None:
 def _evaluate(detector: BaseDetector, cfg: Config, loader: DataLoader, title: str) -> dict[str, float]:
     """The config's evaluation of a detector: its mean APs, or all it gives if it has none."""
     def build(cfg: Config) -> Evaluator:
-        evaluator = Evaluator(deepcopy(cfg.val_evaluator))
+        evaluator = Runner.build_evaluator(None, cfg.val_evaluator)  # which needs nothing of a runner
         evaluator.dataset_meta = loader.dataset.metainfo
         return evaluator
     evaluator = built(cfg, 'val_evaluator', build, must=True)

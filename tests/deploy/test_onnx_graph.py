@@ -17,6 +17,7 @@ from rl_mmdet.replacement import materialize
 onnx = pytest.importorskip('onnx', reason='needs the extra deploy')
 onnxruntime = pytest.importorskip('onnxruntime', reason='needs the extra deploy')
 pytest.importorskip('onnxscript', reason='needs the extra deploy')
+from export import DETECTORS  # noqa: E402  which needs them
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 LIGHT = {'model.backbone.replacement': dict(
@@ -139,11 +140,7 @@ def test_a_graph_that_is_not_torchs_gets_no_file(trained, tiny_config, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'size'), [
-    ('rl_resnet/faster-rcnn_rl-r50-k2_fpn_1x_coco', None), ('rl_resnet/retinanet_rl-r50-k2_fpn_1x_coco', None),
-    ('rl_resnet/atss_rl-r50-k2_fpn_1x_coco', None), ('rl_resnet/mask-rcnn_rl-r50-k2_fpn_1x_coco', None),
-    ('aquarium/faster-rcnn_rl-mobilenet-v2-k2_fpn_8e_aquarium', None),
-    ('rl_swin/mask-rcnn_rl-swin-t-p4-w7-k2_fpn_1x_coco', (224, 256))])
+@pytest.mark.parametrize(('name', 'size'), DETECTORS.items())
 def test_detectors(trained, tmp_path, name, size):
     cfg = load_config(f'{CONFIGS}/{name}.py', dict(val_dataloader=None, val_cfg=None, val_evaluator=None))
     cfg, checkpoint, model = trained(cfg)

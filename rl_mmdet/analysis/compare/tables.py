@@ -123,11 +123,11 @@ def _count(baseline: Cost, key: str, unit: float, form: str) -> Callable[[Cost],
 def _time(key: str, on_cpu: bool) -> Callable[[Cost], Cell]:
     def cell(cost: Cost) -> Cell:
         ratios, seconds = getattr(cost, f'{key}_ratios'), median(getattr(cost, f'{key}_seconds'))
-        time = '' if on_cpu else f'{1000 * seconds:.{0 if seconds >= 0.1 else 1}f} ms'
+        time = f'{1000 * seconds:.{0 if seconds >= 0.1 else 1}f} ms'
         if set(ratios) == {1.}:
-            return Cell(time or '1')
-        ratio = f'{median(ratios):.2f}', f'{min(ratios):.2f} to {max(ratios):.2f}'
-        return Cell(f'{time} ({", ".join(ratio)})' if time else '{} ({})'.format(*ratio), _mark(side(ratios)))
+            return Cell('1' if on_cpu else time)
+        ratio, spread = f'{median(ratios):.2f}', f'{min(ratios):.2f} to {max(ratios):.2f}'
+        return Cell(f'{ratio} ({spread})' if on_cpu else f'{time} ({ratio}, {spread})', _mark(side(ratios)))
     return cell
 
 

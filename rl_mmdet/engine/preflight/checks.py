@@ -35,7 +35,6 @@ def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle
     Raises:
         UserError: the first mistake found. At most an empty work dir has been written then.
     """
-    init_default_scope(cfg.get('default_scope') or 'mmdet')  # in which names of classes are looked up
     unread = check_keys(cfg)
     model, texts = _inspect(cfg, ignore_keys, allow_pickle)
     _rehearse(cfg, model, 'train', 'val')
@@ -45,12 +44,12 @@ def check_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle
 
 def inspect_training(cfg: Config, *, ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> list[str]:
     """The first half of :func:`check_training`, which looks at model and checkpoints and writes nothing."""
-    init_default_scope(cfg.get('default_scope') or 'mmdet')
     return _inspect(cfg, ignore_keys, allow_pickle)[1]
 
 
 def _inspect(cfg: Config, ignore_keys: Sequence[str], allow_pickle: bool) -> tuple[nn.Module, list[str]]:
     """The config's model, and the texts of :func:`check_training`."""
+    init_default_scope(cfg.get('default_scope') or 'mmdet')  # in which the names of classes are looked up
     check_schedule(cfg)
     model = build_model(cfg, allow_pickle)
     check_distributed(cfg, model)

@@ -87,7 +87,9 @@ def see(cfg: Config, phase: str, model: nn.Module, small: SmallData, own: Datase
                 loader = small_loader(Config(deepcopy(cfg._cfg_dict)), f'{phase}_dataloader', small, side)
                 several = isinstance(loader.dataset.dataset, ConcatDataset)  # semi-supervised detectors want all kinds
                 batch = loader.collate_fn([loader.dataset[index] for index in (0, 1, *(-2, -1) * several)])
-                _forget_scale_(batch, own)
+                if _is_unscaled(own[0]):  # but here a Resize more has set it
+                    for sample in batch['data_samples']:
+                        sample.pop('scale_factor', None)
                 model.train(phase == 'train')
                 inputs = model.data_preprocessor(batch, phase == 'train')
                 return batch, model(**inputs, mode='loss' if phase == 'train' else 'predict')
@@ -98,12 +100,10 @@ def see(cfg: Config, phase: str, model: nn.Module, small: SmallData, own: Datase
     raise UserError(_why(failed, model)) from failed
 
 
-def _forget_scale_(batch: Mapping[str, Any], own: Dataset) -> None:
-    """Let samples have no scale factor if the run's own haven't: here a Resize more has set it."""
-    theirs = own[0].get('data_samples') if isinstance(own[0], Mapping) else None
-    if isinstance(theirs, DetDataSample) and 'scale_factor' not in theirs.metainfo:
-        for sample in batch['data_samples']:
-            sample.pop('scale_factor', None)
+def _is_unscaled(sample: Any) -> bool:
+    """Whether a sample of one image says nothing of its scale, which most heads ask for in validation."""
+    packed = sample.get('data_samples') if isinstance(sample, Mapping) else None
+    return isinstance(packed, DetDataSample) and 'scale_factor' not in packed.metainfo
 
 
 def initialise_(model: nn.Module) -> None:

@@ -147,6 +147,14 @@ def parameters_of(cls: Callable) -> dict[str, inspect.Parameter]:
     return found
 
 
+def check_arguments(place: str, node: Mapping, cls: Callable, cutoff: float) -> None:
+    """Refuse misspelt arguments, for classes that take all that comes and fail much later, or never."""
+    known = parameters_of(cls)
+    for name in node:
+        if name not in (*known, 'type') and close(name, known, cutoff):
+            raise UserError(f'{place}.{name}: {cls.__name__} doesn\'t read it{meant(name, known)}')
+
+
 def _build(cfg: Config, build: Callable[[Config], T]) -> T:
     with quiet():
         return build(Config(deepcopy(cfg._cfg_dict)))
@@ -154,8 +162,9 @@ def _build(cfg: Config, build: Callable[[Config], T]) -> T:
 
 def _blame(cfg: Config, setting: str, build: Callable, error: Exception) -> str:
     """The line for an error: the setting that is to blame, as far as that can be found out, and the reason."""
-    reason, places = reason_of(error), list(places_in(cfg, *setting.split('.')))
-    about_type = _blame_type(cfg, [*places, tuple(setting.split('.'))], reason, error)
+    reason, root = reason_of(error), tuple(setting.split('.'))
+    places = list(places_in(cfg, *root))
+    about_type = _blame_type(cfg, [*places, root], reason, error)
     if about_type:
         return about_type
     unknown = re.search(r'(\S+) is not in the .*registry', reason)
@@ -185,8 +194,8 @@ def _blame_type(cfg: Config, places: Iterable[tuple[str, ...]], reason: str, err
         return None
     untyped = {place: node for place in places if isinstance(node := at(cfg, place), Mapping) and 'type' not in node}
     for place, node in untyped.items():
-        if close('type', node, .75):
-            return f'{".".join(place)}.{close("type", node, .75)[0]}: nobody reads it; did you mean type?'
+        if wrong := close('type', node, .75):
+            return f'{".".join(place)}.{wrong[0]}: nobody reads it; did you mean type?'
     given = _local(error, 'cfg')
     for place, node in untyped.items():
         if '_scope_' in reason and '_scope_' in node or isinstance(given, Mapping) and all(

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from ...models.backbones.replacement_mixin import ARGUMENTS
 from ..config import nested_dicts, type_name
 from ..errors import UserError
-from .guard import at, close, find_class, meant, parameters_of, places_in
+from .guard import at, check_arguments, close, find_class, meant, places_in
 
 READ = {*inspect.signature(Runner.__init__).parameters, 'activation_checkpointing', 'compile', 'custom_imports',
         'efficient_conv_bn_eval', 'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn',
@@ -131,11 +131,10 @@ def _check_values(cfg: Config) -> None:
 def _check_coders(cfg: Config) -> None:
     """Refuse misspelt arguments of a model's box coders, assigners and the like, some of which take all that comes."""
     for place in places_in(cfg, 'model'):
-        holder = at(cfg, place[:-1])
-        cls = find_class(TASK_UTILS, holder.get('type')) if isinstance(holder, Mapping) else None
-        known = parameters_of(cls) if cls is not None else ()
-        if known and place[-1] not in (*known, 'type') and close(place[-1], known, CLOSE):
-            raise UserError(f'{".".join(place)}: {cls.__name__} doesn\'t read it{meant(place[-1], known)}')
+        node = at(cfg, place)
+        cls = find_class(TASK_UTILS, node.get('type')) if isinstance(node, Mapping) else None
+        if cls is not None:
+            check_arguments('.'.join(place), node, cls, CLOSE)
 
 
 def _occurs(value: Any, inside: Any) -> bool:

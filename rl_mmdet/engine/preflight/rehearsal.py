@@ -103,9 +103,8 @@ class Rehearsal(Runner):
         """Build the optimizer with its learning rate, and make a step."""
         if find_class(RUNNERS, self.cfg.get('runner_type', 'Runner')) is Runner:  # others have their strategies
             self.optim_wrapper = self.build_optim_wrapper(self.cfg.optim_wrapper)
-            loader, self._train_dataloader = self._train_dataloader, self.cfg.train_dataloader
-            self.scale_lr(self.optim_wrapper, self.cfg.get('auto_scale_lr'))  # a built one may have no batch size
-            self._train_dataloader = loader
+            self._train_dataloader = self.cfg.train_dataloader  # as in a run: a built one may have no batch size
+            self.scale_lr(self.optim_wrapper, self.cfg.get('auto_scale_lr'))
             check_step(self.optim_wrapper, self.model)
 
     def rehearse_schedule(self) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..optim import RLLayerDecayOptimWrapperConstructor, RLOptimWrapperConstructor
-from .guard import close, find_class, meant, names_in, parameters_of, shorten
+from .guard import check_arguments, close, find_class, meant, names_in, parameters_of, shorten
 
 MOST_LR = 1000.
 """Above it a learning rate is a mistake: 30 has been used, with LARS."""
@@ -134,11 +134,8 @@ def _typed(cfg: Config) -> Iterator[tuple[str, Mapping, Registry]]:
 
 def _check_kinds(place: str, node: Mapping, cls: Any) -> None:
     """Compare values with a class's type annotations, where these are plain."""
-    known = parameters_of(cls)
-    for name in node:
-        if name not in known and close(name, known, .8):  # some hooks take all that comes, and fail much later
-            raise UserError(f'{place}.{name}: {cls.__name__} doesn\'t read it{meant(name, known)}')
-    for name, parameter in known.items():
+    check_arguments(place, node, cls, .8)
+    for name, parameter in parameters_of(cls).items():
         hint = parameter.annotation
         if name in node and not _fits(node[name], hint):
             shown = getattr(hint, '__name__', str(hint)) if not get_args(hint) else str(hint).replace('typing.', '')
