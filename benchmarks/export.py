@@ -54,7 +54,9 @@ def page(trained: list[list[str]]) -> str:
         int8 = [row for config, checkpoint in trained for row in int8_rows(config, checkpoint, folder)]
     versions = f'torch {torch.__version__}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}'
     return '\n'.join([
-        '# Export to ONNX', '', f'{processor()}, one thread, Python {platform.python_version()}, {versions}', '',
+        '# Export to ONNX', '', 'Made by `python benchmarks/export.py --trained CONFIG CHECKPOINT ... --out '
+        'docs/results/export.md`.', '',
+        f'{processor()}, one thread, Python {platform.python_version()}, {versions}', '',
         '## Float graphs', '',
         'Backbone and neck with random weights, on one random image, and on two of half its size. Difference: the '
         'largest to torch\'s maps, over the largest value in a map; 1e-04 is allowed.', '',
