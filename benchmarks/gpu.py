@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--small', action='store_true', help='tiny images and few cases: a rehearsal')
     parser.add_argument('--rounds', type=positive, default=5, help='at most (default: 5)')
     parser.add_argument('--cases', type=positive, help='only the first ones of part B')
+    parser.add_argument('--resume', action='store_true', help='part B goes on with the cases that OUT has')
     parser.add_argument('--least-seconds', type=above_zero, default=20., help='part B begins no case with less than '
                         'this left (default: 20)')
     parser.add_argument('--jobs', type=positive, default=1, help='processes for part A, if pytest-xdist is there, and '

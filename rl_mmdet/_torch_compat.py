@@ -82,7 +82,7 @@ def keep_instead(make: Callable[[], Tensor], is_made: Callable[[Tensor], bool]) 
     def pack(saved: Tensor) -> Any:
         if is_made(saved):
             return make
-        return outer[0](saved) if outer else saved
+        return outer[0](saved) if outer else saved.detach()  # with its graph, it would keep itself in a dropped one
 
     def unpack(packed: Any) -> Tensor:
         if packed is make:
@@ -112,7 +112,7 @@ def _hooks_around(own: Callable[[], tuple[Callable, Callable]]) -> tuple[Callabl
         torch._C._autograd._pop_saved_tensors_default_hooks()
         try:
             with torch.enable_grad():
-                return _Save.apply(torch.empty(0, requires_grad=True), tensor)
+                return _Save.apply(torch.empty(0, requires_grad=True), tensor.detach())
         finally:
             torch._C._autograd._push_saved_tensors_default_hooks(*own())
 

@@ -105,8 +105,8 @@ def _mark(device: str) -> Any:
     return event
 
 
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """On what and with what a page was made."""
+def environment(args: argparse.Namespace, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """On what and with what a page was made; ``before``, where it goes on with another."""
     versions = {}
     for package, other in FORKS.items():
         for name in (other, package):
@@ -118,14 +118,15 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if args.device == 'cuda' else f'no GPU (a rehearsal on {processor()})'
     return dict(device=device, processor=processor(), cores=os.cpu_count(), torch=torch.__version__,
                 cuda=torch.version.cuda, versions=versions, date=datetime.date.today().isoformat(),
-                command=shlex.join(['python', *sys.argv]))
+                commands=[*(before or {}).get('commands', ()), shlex.join(['python', *sys.argv])])
 
 
 def heading(title: str, found: dict[str, Any]) -> list[str]:
     """The first lines of a page."""
     about = found['environment']
     versions = ''.join(f', {name} {number}' for name, number in about['versions'].items())
-    return [f'# {title}', '', f'Made by `{about["command"]}` on {about["device"]}, {about["cores"]} cores of '
+    commands = ' and '.join(f'`{command}`' for command in about['commands'])
+    return [f'# {title}', '', f'Made by {commands} on {about["device"]}, {about["cores"]} cores of '
             f'{about["processor"]}, torch {about["torch"]}, CUDA {about["cuda"]}{versions}, {about["date"]}.', '']
 
 

@@ -1,5 +1,6 @@
 """Part B: time, peak memory and kernels of a training step with every way of replacing blocks."""
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -30,15 +31,18 @@ def run_steps(args: argparse.Namespace, clock: Clock) -> list[str]:
     """Measure case after case; returns what to print at the end."""
     cases = cases_of(args.small)[:args.cases]
     planned = [case for case in cases if 'compiled' not in case.variants or args.part[-1] == 'B']
-    found: Row = dict(environment=environment(args), rates=_rates(args.device), rounds=args.rounds, cases=[],
-                      not_run=list(map(str, cases)))
+    found: Row = _measured_before(args) or dict(rates=_rates(args.device), rounds=args.rounds, cases=[])
+    found['environment'] = environment(args, found.get('environment'))
+    done = [case['case'] for case in found['cases']]
+    planned = [case for case in planned if _as_json(case) not in done]
+    found['not_run'] = [str(case) for case in cases if _as_json(case) not in done]
     clear(args.device)
     for number, case in enumerate(planned):
         if clock.left() < args.least_seconds:
             break
         print(case, flush=True)
         begin = time.monotonic()
-        mine: Row = dict(title=str(case), case=asdict(case), rows={}, left_out={}, regions={})
+        mine: Row = dict(title=str(case), case=_as_json(case), rows={}, left_out={}, regions={})
         found['cases'].append(mine)
         found['not_run'].remove(str(case))
 
@@ -60,6 +64,25 @@ def run_steps(args: argparse.Namespace, clock: Clock) -> list[str]:
     write(args, 'gpu_train_step', found, page(found))
     return ['B: ' + (found['cases'][0]['title'] if found['cases'] else 'no time'), *goal_lines(found),
             *(['  no time for: ' + '; '.join(found['not_run'])] if found['not_run'] else [])]
+
+
+def _as_json(case: Case) -> Row:
+    return json.loads(json.dumps(asdict(case)))
+
+
+def _measured_before(args: argparse.Namespace) -> Row | None:
+    """With ``--resume`` what OUT has of the same card and packages: the cases of which nothing was left out."""
+    file = args.out / 'gpu_train_step.json'
+    if not args.resume or not file.is_file():
+        return None
+    found, now = json.loads(file.read_text()), environment(args)
+    for key in ('device', 'torch', 'cuda', 'versions'):
+        if found['environment'][key] != now[key]:
+            raise ValueError(f'--resume: {file} is of another {key}: {found["environment"][key]}, not {now[key]}; '
+                             'leave --resume out, or give another --out')
+    found['cases'] = [case for case in found['cases'] if not case['left_out']
+                      and all('flops' in row for row in case['rows'].values())]
+    return found
 
 
 def _rates(device: str) -> dict[str, float]:

@@ -19,13 +19,13 @@ PLAIN = ('baseline', 'every-8', 'recompute', 'slim', 'skip', 'checkpoint')
 FULL = (800, 1333)
 CASES = (
     Case(MASK_R101, 'detector', FULL, 2, 'bf16', variants=MAIN),
-    Case(MASK_R101, 'detector', FULL, 8, 'bf16', variants=MAIN),
-    Case(MASK_R101, 'detector', FULL, 2, 'bf16', variants=OTHERS),
-    Case(MASK_R101, 'detector', FULL, 2, 'bf16', channels_last=True, variants=MAIN),
-    Case(MASK_R50, 'detector', FULL, 2, 'bf16', variants=MAIN),
     Case(RETINA_R50, 'detector', FULL, 2, 'bf16', variants=MAIN),
     Case(SWIN_T, 'detector', FULL, 2, 'bf16', variants=PLAIN),
     Case(VIT_B, 'detector', (1024, 1024), 2, 'bf16', variants=PLAIN),
+    Case(MASK_R101, 'detector', FULL, 2, 'bf16', variants=OTHERS),
+    Case(MASK_R101, 'detector', FULL, 8, 'bf16', variants=MAIN),
+    Case(MASK_R50, 'detector', FULL, 2, 'bf16', variants=MAIN),
+    Case(MASK_R101, 'detector', FULL, 2, 'bf16', channels_last=True, variants=MAIN),
     Case(MASK_R101, 'detector', FULL, 8, 'bf16', channels_last=True, variants=MAIN),
     Case(MASK_R101, 'detector', FULL, 2, 'fp16', variants=MAIN),
     Case(MASK_R101, 'detector', FULL, 2, 'bf16', variants=('baseline', 'compiled')),

@@ -24,7 +24,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object], checkpointed: I
     inputs_of_layers: list[_Saved] = []
 
     def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        saved = _Saved(tensor.detach())  # with its graph, a result that its own graph keeps would never be freed
         alive.add(saved)
         return saved
 

@@ -75,6 +75,15 @@ def test_by_default_light_operators_outputs_are_not_kept(make, image, operator):
     assert alive(make(operator, False), 'layer1.1', image)
 
 
+@light
+def test_a_graph_that_is_dropped_without_backward_is_freed(make, image, operator):
+    net, results = make(operator, None), []
+    net.layer1[2].register_forward_hook(lambda _, __, out: results.append(weakref.ref(out.untyped_storage())))
+    net.layer1[2].act = nn.Tanh()  # keeps its result
+    net(image)
+    assert results[0]() is None
+
+
 @pytest.mark.parametrize('reentrant', [True, False])
 @light
 def test_under_an_activation_checkpoint_nothing_more_is_kept(make, image, operator, reentrant):

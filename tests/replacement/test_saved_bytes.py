@@ -1,4 +1,6 @@
 """Bytes kept for backward: each storage once, weights not, of layers that compute again their input."""
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -40,3 +42,15 @@ def test_checkpointed_modules_keep_their_input(inputs):
 
     model = Checkpointed(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     assert saved_bytes(model, lambda: model(inputs), [model]) == inputs.numel() * 4
+
+
+def test_all_is_freed_afterwards(inputs):
+    results = []
+
+    def forward():
+        out = torch.tanh(inputs).exp()  # both keep their results
+        results.append(weakref.ref(out.untyped_storage()))
+        return out
+
+    assert saved_bytes(nn.Linear(4, 3), forward) == 2 * inputs.numel() * 4
+    assert results[0]() is None
