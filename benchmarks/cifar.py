@@ -7,7 +7,7 @@ every training. Needs torch, torchvision, scipy and rl_mmdet.replacement; MMDete
     python benchmarks/cifar.py --device cuda --jobs 8 --minutes 5 --models resnet110 --seeds 2 --resume
     python benchmarks/cifar.py --small --device cpu
 
-Every fourth block of a stage is replaced (k = 4), or of the whole ViT. Arms:
+Every k-th block of a stage is replaced, or of the whole ViT; k is 4, as in the paper, unless said otherwise. Arms:
 
     baseline        nothing replaced
     rl-v1           RL-v1, detached, learning in one of eight steps
@@ -108,6 +108,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--batch', type=positive, help='images of a step; the learning rate follows (default: 512)')
     parser.add_argument('--width', type=positive, help='channels of the ResNets\' first stage; tokens of the ViT have '
                         '12 times as many (default: 16)')
+    parser.add_argument('--k', type=positive, default=4, help='every k-th block is replaced (default: 4)')
+    parser.add_argument('--fusion-rate', type=above_zero, default=Recipe.fusion_rate, help='with SGD, the rate of '
+                        '(a, b) and the like over that of the weights (default: %(default)s)')
     parser.add_argument('--train-images', type=positive, metavar='N', help='only the first N')
     parser.add_argument('--test-images', type=positive, metavar='N', help='only the first N')
     parser.add_argument('--minutes', type=above_zero, default=float('inf'), help='when to end; what isn\'t finished by '
@@ -153,7 +156,7 @@ def start(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
 def main() -> None:
     begin = time.time()
     args = parse()
-    recipe = Recipe(args.device, args.epochs, args.batch, args.width)
+    recipe = Recipe(args.device, args.epochs, args.batch, args.width, args.k, args.fusion_rate)
     results = start(args, recipe)
     done = {(row['network'], row['arm'], row['seed']) for row in results['rows']}
     wanted = [(network, arm, seed) for network, seed, arm in product(

@@ -6,7 +6,6 @@ from torchvision.models.resnet import BasicBlock
 
 from rl_mmdet.replacement import replace_blocks_
 
-PLAN = dict(type='EveryKth', k=4)
 ARMS = {
     'baseline': None,
     'rl-v1': dict(gradient=dict(mode='detached', every=8)),
@@ -127,7 +126,7 @@ NETWORKS = {
 """By name, the most important first; each takes a width, 16 in the paper's ResNets."""
 
 
-def build(network: str, arm: str, seed: int, width: int) -> tuple[nn.Module, list[str]]:
+def build(network: str, arm: str, seed: int, width: int, k: int = 4) -> tuple[nn.Module, list[str]]:
     """A network with the arm's replacement, and the names of its replaced blocks.
 
     What all arms have starts from the same weights.
@@ -136,5 +135,5 @@ def build(network: str, arm: str, seed: int, width: int) -> tuple[nn.Module, lis
     model = NETWORKS[network](width)
     if ARMS[arm] is None:
         return model, []
-    report = replace_blocks_(model, dict(ARMS[arm], plan=PLAN))
+    report = replace_blocks_(model, dict(ARMS[arm], plan=dict(type='EveryKth', k=k)))
     return model, [row.name for row in report.rows if row.replaced]

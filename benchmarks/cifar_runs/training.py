@@ -34,11 +34,16 @@ class Recipe:
         epochs: of a training.
         batch: images of a step.
         width: of the networks; see :data:`~cifar_runs.networks.NETWORKS`.
+        k: of the plan: every k-th block is replaced.
+        fusion_rate: with SGD, the learning rate of what fusions and operators learn, over that of all else. SGD's rate
+            fits weights; (a, b), which multiply thousands of them, jump by whole numbers at it.
     """
     device: str
     epochs: int
     batch: int
     width: int
+    k: int = 4
+    fusion_rate: float = 0.01
 
 
 def train(run: Run, recipe: Recipe, data: Data, deadline: float) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def train(run: Run, recipe: Recipe, data: Data, deadline: float) -> dict[str, An
         torch.backends.cudnn.benchmark = True
     images = TrainingImages(data, recipe.batch, recipe.device, run.seed)
     there = torch.cuda.memory_allocated() if recipe.device == 'cuda' else 0
-    model, replaced = build(run.network, run.arm, run.seed, recipe.width)
+    model, replaced = build(run.network, run.arm, run.seed, recipe.width, recipe.k)
     flops = flops_of_an_image(model)
     model.to(recipe.device, memory_format=torch.channels_last)
     step = Step(model, recipe, recipe.epochs * len(images))
@@ -101,8 +106,10 @@ class Step:
         self.model = model
         self.autocast = torch.autocast(recipe.device, torch.bfloat16, enabled=recipe.device == 'cuda')
         self.steps = 0
-        decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-        others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+        own = [parameter for layer in computing_layers(model).values() for parameter in layer.own_parameters().values()]
+        rest = [parameter for parameter in model.parameters() if not any(parameter is each for each in own)]
+        decayed = [parameter for parameter in rest if parameter.ndim > 1]
+        others = [parameter for parameter in rest if parameter.ndim <= 1]
         if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             rate, decay = 0.4 * recipe.batch / 512, 5e-4
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(decayed, rate, 0.9, nesterov=True,
@@ -111,7 +118,11 @@ class Step:
             rate, decay = 1e-3 * (recipe.batch / 512) ** 0.5, 0.05
             self.optimizer = torch.optim.AdamW(decayed, rate, weight_decay=decay)
         self.optimizer.add_param_group(dict(params=others, weight_decay=0.))
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total, pct_start=0.2,
+        rates = [rate, rate]
+        if own:
+            self.optimizer.add_param_group(dict(params=own, weight_decay=0.))
+            rates.append(rate * (recipe.fusion_rate if isinstance(self.optimizer, torch.optim.SGD) else 1))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rates, total, pct_start=0.2,
                                                             cycle_momentum=False)
 
     def __call__(self, images: Tensor, labels: Tensor, deadline: float) -> Tensor:

@@ -6,6 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cifar_runs.networks import build
+from cifar_runs.training import Recipe, Step
+from rl_mmdet.replacement import computing_layers
+
 PROGRAM = Path(__file__).resolve().parents[2] / 'benchmarks/cifar.py'
 
 
@@ -55,6 +59,16 @@ def test_goes_on_with_what_is_there_and_names_what_is_not_finished(run):
     status, _ = run(*arguments, '--epochs', 2)
     assert 'error: --resume: new/cifar.json is of other settings' in status
     assert read()['rows'] == rows
+
+
+@pytest.mark.parametrize(('network', 'share'), [('resnet32', 0.25), ('vit', 1)])
+def test_what_fusions_learn_has_a_part_of_sgds_rate(network, share):
+    model, _ = build(network, 'rl-v1', 0, 4, 2)
+    groups = Step(model, Recipe('cpu', 1, 64, 4, fusion_rate=0.25), 10).optimizer.param_groups
+    pairs = [layer.coeff for layer in computing_layers(model).values()]
+    assert all(a is b for a, b in zip(groups[2]['params'], pairs, strict=True))
+    assert groups[2]['lr'] == pytest.approx(share * groups[0]['lr']) and groups[2]['weight_decay'] == 0
+    assert sum(len(group['params']) for group in groups) == len(list(model.parameters()))
 
 
 @pytest.mark.slow
