@@ -1,7 +1,7 @@
 """What torch before 2.4 lacks or calls otherwise."""
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,7 +77,8 @@ def keep_instead(make: Callable[[], Tensor], is_made: Callable[[Tensor], bool]) 
 
     All others are kept as ever, by hooks around this context where there are any.
     """
-    outer = _hooks_around(lambda: (pack, unpack)) if _top_hooks is None else _top_hooks(False)
+    own: list[weakref.ref] = []  # a cycle would keep what is made, and what from, until the garbage collector comes
+    outer = _hooks_around(lambda: [hook() for hook in own]) if _top_hooks is None else _top_hooks(False)
 
     def pack(saved: Tensor) -> Any:
         if is_made(saved):
@@ -89,6 +90,7 @@ def keep_instead(make: Callable[[], Tensor], is_made: Callable[[Tensor], bool]) 
             return make()
         return outer[1](packed) if outer else packed
 
+    own += weakref.ref(pack), weakref.ref(unpack)
     return saved_tensors_hooks(pack, unpack)
 
 
@@ -105,7 +107,7 @@ def _checkpoint_on_the_stack() -> Any:
     return None
 
 
-def _hooks_around(own: Callable[[], tuple[Callable, Callable]]) -> tuple[Callable, Callable]:
+def _hooks_around(own: Callable[[], Sequence[Callable]]) -> tuple[Callable, Callable]:
     """Stands for the hooks around ``own`` ones: autograd itself saves the tensor, with the own ones put aside."""
 
     def pack(tensor: Tensor) -> Any:

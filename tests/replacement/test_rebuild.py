@@ -1,5 +1,6 @@
 """What a computing layer needn't keep: made again in backward, with the same numbers, or refused."""
 import copy
+import gc
 import pickle
 import weakref
 
@@ -75,13 +76,22 @@ def test_by_default_light_operators_outputs_are_not_kept(make, image, operator):
     assert alive(make(operator, False), 'layer1.1', image)
 
 
+@pytest.mark.parametrize('backward', [True, False])
 @light
-def test_a_graph_that_is_dropped_without_backward_is_freed(make, image, operator):
-    net, results = make(operator, None), []
-    net.layer1[2].register_forward_hook(lambda _, __, out: results.append(weakref.ref(out.untyped_storage())))
-    net.layer1[2].act = nn.Tanh()  # keeps its result
-    net(image)
-    assert results[0]() is None
+def test_nothing_outlives_a_step_or_a_graph_that_is_dropped(make, image, operator, backward):
+    net, outputs = make(operator, None), []
+    for block in (*net.layer1, *net.layer2):
+        block.register_forward_hook(lambda _, __, out: outputs.append(weakref.ref(out)))
+        block.act = nn.Tanh()  # keeps its result
+    gc.disable()  # it would free a cycle some time
+    try:
+        loss = net(image).sum()
+        if backward:
+            loss.backward()
+        del loss
+        assert [output() for output in outputs] == [None] * 9
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize('reentrant', [True, False])
