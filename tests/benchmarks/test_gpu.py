@@ -1,8 +1,13 @@
 """benchmarks/gpu.py as a user calls it, in the part that needs no detector."""
+import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from gpu_runs import common
+from gpu_runs.variants import SMALL_CASES
 
 PROGRAM = Path(__file__).resolve().parents[2] / 'benchmarks/gpu.py'
 TESTS = """
@@ -49,3 +54,38 @@ def test_checks_say_why_a_test_did_not_pass(run_script, tmp_path):
         test_good='passed', test_bad='failed', test_left_out='skipped')
     page = Path('results/gpu_checks.md').read_text()
     assert 'AssertionError: one is not two' in page and 'no such card' in page
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Write results of part B: the first rehearsed case complete, the second not."""
+    def write(**environment):
+        monkeypatch.setattr('sys.argv', ['benchmarks/gpu.py', '--before'])
+        about = common.environment(argparse.Namespace(device='cpu')) | environment
+        row = dict(times=[[2.]], host=[2.], ms=2., host_ms=2., parameters=1, flops=1, saved=1)
+        cases = [dict(title=str(case), case=json.loads(json.dumps(asdict(case))), rows=dict(baseline=dict(row)),
+                      regions={}, left_out=dict(left_out))
+                 for case, left_out in zip(SMALL_CASES, ({}, dict(slim='no time')), strict=False)]
+        Path('results').mkdir()
+        Path('results/gpu_train_step.json').write_text(json.dumps(dict(
+            environment=about, rates=dict(flops=1., bytes=1., size=1), rounds=5, cases=cases, not_run=[])))
+    return write
+
+
+def test_resumed_it_keeps_the_cases_that_are_complete(run_script, measured):
+    measured()
+    status, captured = run_script(PROGRAM, '--part', 'B', '--device', 'cpu', '--small', '--cases', 1, '--resume',
+                                  '--out', 'results')
+    assert status == 0 and str(SMALL_CASES[1]) not in captured.out
+    found = json.loads(Path('results/gpu_train_step.json').read_text())
+    assert [case['title'] for case in found['cases']] == [str(SMALL_CASES[0])]
+    page = Path('results/gpu_train_step.md').read_text()
+    assert '`python benchmarks/gpu.py --before` and `python ' in page and '| baseline | 2.0 |' in page
+
+
+def test_results_of_another_card_are_not_resumed(run_script, measured):
+    measured(device='NVIDIA Other')
+    before = Path('results/gpu_train_step.json').read_text()
+    _, captured = run_script(PROGRAM, '--part', 'B', '--device', 'cpu', '--small', '--resume', '--out', 'results')
+    assert 'is of another device: NVIDIA Other, not no GPU' in captured.out
+    assert Path('results/gpu_train_step.json').read_text() == before and not Path('results/gpu_train_step.md').exists()
