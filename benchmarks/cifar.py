@@ -109,8 +109,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--width', type=positive, help='channels of the ResNets\' first stage; tokens of the ViT have '
                         '12 times as many (default: 16)')
     parser.add_argument('--k', type=positive, default=4, help='every k-th block is replaced (default: 4)')
-    parser.add_argument('--fusion-rate', type=above_zero, default=Recipe.fusion_rate, help='with SGD, the rate of '
-                        '(a, b) and the like over that of the weights (default: %(default)s)')
+    parser.add_argument('--pair-rate', type=above_zero, default=Recipe.pair_rate, help='with SGD, the rate of '
+                        'the pairs (a, b) over that of the weights (default: %(default)s)')
     parser.add_argument('--train-images', type=positive, metavar='N', help='only the first N')
     parser.add_argument('--test-images', type=positive, metavar='N', help='only the first N')
     parser.add_argument('--minutes', type=above_zero, default=float('inf'), help='when to end; what isn\'t finished by '
@@ -156,7 +156,7 @@ def start(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
 def main() -> None:
     begin = time.time()
     args = parse()
-    recipe = Recipe(args.device, args.epochs, args.batch, args.width, args.k, args.fusion_rate)
+    recipe = Recipe(args.device, args.epochs, args.batch, args.width, args.k, args.pair_rate)
     results = start(args, recipe)
     done = {(row['network'], row['arm'], row['seed']) for row in results['rows']}
     wanted = [(network, arm, seed) for network, seed, arm in product(

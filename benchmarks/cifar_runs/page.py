@@ -24,9 +24,9 @@ def page(results: dict[str, Any]) -> str:
              'images are stored as JPEG files, so accuracies aren\'t comparable with published ones; between arms they '
              'are. All arms of a network and a seed start from the same weights, as far as they have them, and see the '
              'same batches, crops and flips. ResNets learn by SGD, the ViT by AdamW, all with one rise and fall of '
-             'the learning rate, smoothed labels and, on a GPU, bfloat16 autocast. With SGD, what fusions and '
-             f'operators learn has {settings["fusion_rate"]:g} of the learning rate.', '',
-             f'Replaced is every {settings["k"]}th block of a stage, or of the whole ViT (`EveryKth`), with:', '',
+             'the learning rate, smoothed labels and, on a GPU, bfloat16 autocast. With SGD, the pairs (a, b) '
+             f'have {settings["pair_rate"]:g} of the learning rate.', '',
+             f'Blocks are replaced by `EveryKth(k={settings["k"]})` and:', '',
              *(f'- {arm}: `{replacement}`' for arm, replacement in ARMS.items() if replacement), '',
              'FLOPs are those of an image forward and backward, the mean over the steps of a training. ± is the '
              'standard deviation over seeds; behind differences stands Welch\'s 95 % interval over seeds. Peak '

@@ -35,15 +35,15 @@ class Recipe:
         batch: images of a step.
         width: of the networks; see :data:`~cifar_runs.networks.NETWORKS`.
         k: of the plan: every k-th block is replaced.
-        fusion_rate: with SGD, the learning rate of what fusions and operators learn, over that of all else. SGD's rate
-            fits weights; (a, b), which multiply thousands of them, jump by whole numbers at it.
+        pair_rate: with SGD, the learning rate of the pairs (a, b) over that of all else. SGD's rate fits weights; a pair,
+            which multiplies thousands of them, jumps by whole numbers at it.
     """
     device: str
     epochs: int
     batch: int
     width: int
     k: int = 4
-    fusion_rate: float = 0.01
+    pair_rate: float = 0.01
 
 
 def train(run: Run, recipe: Recipe, data: Data, deadline: float) -> dict[str, Any]:
@@ -106,8 +106,8 @@ class Step:
         self.model = model
         self.autocast = torch.autocast(recipe.device, torch.bfloat16, enabled=recipe.device == 'cuda')
         self.steps = 0
-        own = [parameter for layer in computing_layers(model).values() for parameter in layer.own_parameters().values()]
-        rest = [parameter for parameter in model.parameters() if not any(parameter is each for each in own)]
+        pairs = [layer.coeff for layer in computing_layers(model).values() if 'coeff' in layer.own_parameters()]
+        rest = [parameter for parameter in model.parameters() if not any(parameter is pair for pair in pairs)]
         decayed = [parameter for parameter in rest if parameter.ndim > 1]
         others = [parameter for parameter in rest if parameter.ndim <= 1]
         if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
@@ -119,9 +119,9 @@ class Step:
             self.optimizer = torch.optim.AdamW(decayed, rate, weight_decay=decay)
         self.optimizer.add_param_group(dict(params=others, weight_decay=0.))
         rates = [rate, rate]
-        if own:
-            self.optimizer.add_param_group(dict(params=own, weight_decay=0.))
-            rates.append(rate * (recipe.fusion_rate if isinstance(self.optimizer, torch.optim.SGD) else 1))
+        if pairs:
+            self.optimizer.add_param_group(dict(params=pairs, weight_decay=0.))
+            rates.append(rate * (recipe.pair_rate if isinstance(self.optimizer, torch.optim.SGD) else 1))
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rates, total, pct_start=0.2,
                                                             cycle_momentum=False)
 

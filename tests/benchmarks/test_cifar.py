@@ -61,10 +61,11 @@ def test_goes_on_with_what_is_there_and_names_what_is_not_finished(run):
     assert read()['rows'] == rows
 
 
+@pytest.mark.parametrize('arm', ['rl-v1', 'rl-v2'])
 @pytest.mark.parametrize(('network', 'share'), [('resnet32', 0.25), ('vit', 1)])
-def test_what_fusions_learn_has_a_part_of_sgds_rate(network, share):
-    model, _ = build(network, 'rl-v1', 0, 4, 2)
-    groups = Step(model, Recipe('cpu', 1, 64, 4, fusion_rate=0.25), 10).optimizer.param_groups
+def test_pairs_have_a_part_of_sgds_rate(network, share, arm):
+    model, _ = build(network, arm, 0, 4, 2)
+    groups = Step(model, Recipe('cpu', 1, 64, 4, pair_rate=0.25), 10).optimizer.param_groups
     pairs = [layer.coeff for layer in computing_layers(model).values()]
     assert all(a is b for a, b in zip(groups[2]['params'], pairs, strict=True))
     assert groups[2]['lr'] == pytest.approx(share * groups[0]['lr']) and groups[2]['weight_decay'] == 0
