@@ -35,8 +35,8 @@ class Recipe:
         batch: images of a step.
         width: of the networks; see :data:`~cifar_runs.networks.NETWORKS`.
         k: of the plan: every k-th block is replaced.
-        pair_rate: with SGD, the learning rate of the pairs (a, b) over that of all else. SGD's rate fits weights; a pair,
-            which multiplies thousands of them, jumps by whole numbers at it.
+        pair_rate: with SGD, the learning rate of the pairs (a, b) over that of all else. SGD's rate fits weights; a
+            pair, which multiplies thousands of them, jumps by whole numbers at it.
     """
     device: str
     epochs: int
