@@ -10,7 +10,8 @@ three or four blocks. On a CPU core a training of 8 epochs (448 iterations) take
 Settings of the method, one seed each, and a long training:
 
     python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_settings --seeds 1 \
-        --variants average coupled pair-per-tensor fast-pair light-fit-fade light-fit light-fit-500-fade full-fit
+        --variants average coupled pair-per-tensor fast-pair light-fit-fade light-fit light-fit-500-fade full-fit \
+        average-every-1 light-fit-fade-every-8
     python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_long --epochs 54 --seeds 1 \
         --variants skip light-fit-fade
 """
@@ -50,6 +51,8 @@ VARIANTS = {
     'fast-pair': (*REPLACED, 'optim_wrapper.constructor=RLOptimWrapperConstructor',
                   'optim_wrapper.paramwise_cfg.custom_keys.coeff.lr_mult=10'),
     'light-fit-500-fade': (*SLIM, FIT, f'{R}start.steps=500', FADE),
+    'average-every-1': (*REPLACED, EVERY_STEP),
+    'light-fit-fade-every-8': (*SLIM, FIT, FADE, f'{R}gradient.every=8'),
     'light-fit-fade-coupled': (*SLIM, FIT, FADE, f'{R}gradient.mode=coupled'),
     'depthwise-fit-fade': (*LIGHT, f'{R}operator.type=DepthwiseBlock', FIT, FADE),
     'scalar-fit': (*REPLACED, FIT, EVERY_STEP),
