@@ -12,7 +12,7 @@ Settings of the method, one seed each, and a long training:
     python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_settings --seeds 1 \
         --variants average coupled pair-per-tensor fast-pair light-fit-fade light-fit light-fit-500-fade full-fit \
         average-every-1 light-fit-fade-every-8
-    python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_long --epochs 54 --seeds 1 \
+    python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_long --epochs 54 --seeds 2 \
         --variants skip light-fit-fade
 """
 import argparse
