@@ -108,7 +108,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--batch', type=positive, help='images of a step; the learning rate follows (default: 512)')
     parser.add_argument('--width', type=positive, help='channels of the ResNets\' first stage; tokens of the ViT have '
                         '12 times as many (default: 16)')
-    parser.add_argument('--k', type=positive, default=4, help='every k-th block is replaced (default: 4)')
+    parser.add_argument('--k', type=positive, default=Recipe.k, help='every k-th block is replaced (default: '
+                        '%(default)s)')
     parser.add_argument('--pair-rate', type=above_zero, default=Recipe.pair_rate, help='with SGD, the rate of '
                         'the pairs (a, b) over that of the weights (default: %(default)s)')
     parser.add_argument('--train-images', type=positive, metavar='N', help='only the first N')

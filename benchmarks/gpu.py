@@ -12,7 +12,7 @@ D   trainings: CIFAR-10, then a detector on Aquarium from ImageNet weights      
         --weights mobilenet-v2_imagenet.pth --jobs 4
 
 Trainings side by side on one card share it only under NVIDIA's MPS (nvidia-cuda-mps-control -d, before the call);
-without it they take turns. --resume goes on with the cases of part B that OUT has.
+without it they take turns. --resume goes on with what OUT has of part B.
 
 The most important rows come first; results are written after every one. Nothing is begun that can't end in time, and
 what takes longer than expected is stopped.
@@ -52,7 +52,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--small', action='store_true', help='tiny images and few cases: a rehearsal')
     parser.add_argument('--rounds', type=positive, default=5, help='at most (default: 5)')
     parser.add_argument('--cases', type=positive, help='only the first ones of part B')
-    parser.add_argument('--resume', action='store_true', help='part B keeps the cases that OUT has complete')
+    parser.add_argument('--resume', action='store_true', help='part B goes on with what OUT has: only cases that '
+                        'aren\'t there, or not complete, are measured')
     parser.add_argument('--least-seconds', type=above_zero, default=20., help='part B begins no case with less than '
                         'this left (default: 20)')
     parser.add_argument('--jobs', type=positive, default=1, help='processes for part A, if pytest-xdist is there, and '

@@ -126,7 +126,7 @@ NETWORKS = {
 """By name, the most important first; each takes a width, 16 in the paper's ResNets."""
 
 
-def build(network: str, arm: str, seed: int, width: int, k: int = 4) -> tuple[nn.Module, list[str]]:
+def build(network: str, arm: str, seed: int, width: int, k: int) -> tuple[nn.Module, list[str]]:
     """A network with the arm's replacement, and the names of its replaced blocks.
 
     What all arms have starts from the same weights.

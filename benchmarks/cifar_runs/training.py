@@ -36,7 +36,7 @@ class Recipe:
         width: of the networks; see :data:`~cifar_runs.networks.NETWORKS`.
         k: of the plan: every k-th block is replaced.
         pair_rate: with SGD, the learning rate of the pairs (a, b) over that of all else. SGD's rate fits weights; a
-            pair, which multiplies thousands of them, jumps by whole numbers at it.
+            pair multiplies thousands of them, and its gradient is a sum over all.
     """
     device: str
     epochs: int
@@ -107,7 +107,7 @@ class Step:
         self.autocast = torch.autocast(recipe.device, torch.bfloat16, enabled=recipe.device == 'cuda')
         self.steps = 0
         pairs = [layer.coeff for layer in computing_layers(model).values() if 'coeff' in layer.own_parameters()]
-        rest = [parameter for parameter in model.parameters() if not any(parameter is pair for pair in pairs)]
+        rest = [parameter for parameter in model.parameters() if parameter not in set(pairs)]
         decayed = [parameter for parameter in rest if parameter.ndim > 1]
         others = [parameter for parameter in rest if parameter.ndim <= 1]
         if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
@@ -118,12 +118,10 @@ class Step:
             rate, decay = 1e-3 * (recipe.batch / 512) ** 0.5, 0.05
             self.optimizer = torch.optim.AdamW(decayed, rate, weight_decay=decay)
         self.optimizer.add_param_group(dict(params=others, weight_decay=0.))
-        rates = [rate, rate]
-        if pairs:
-            self.optimizer.add_param_group(dict(params=pairs, weight_decay=0.))
-            rates.append(rate * (recipe.pair_rate if isinstance(self.optimizer, torch.optim.SGD) else 1))
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rates, total, pct_start=0.2,
-                                                            cycle_momentum=False)
+        self.optimizer.add_param_group(dict(params=pairs, weight_decay=0.))
+        of_pairs = rate * recipe.pair_rate if isinstance(self.optimizer, torch.optim.SGD) else rate
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, [rate, rate, of_pairs], total, pct_start=0.2, cycle_momentum=False)
 
     def __call__(self, images: Tensor, labels: Tensor, deadline: float) -> Tensor:
         """One step; returns the loss."""

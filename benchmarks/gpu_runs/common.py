@@ -105,8 +105,8 @@ def _mark(device: str) -> Any:
     return event
 
 
-def environment(args: argparse.Namespace, before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """On what and with what a page was made; ``before``, where it goes on with another."""
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """On what and with what a page was made."""
     versions = {}
     for package, other in FORKS.items():
         for name in (other, package):
@@ -118,7 +118,7 @@ def environment(args: argparse.Namespace, before: dict[str, Any] | None = None) 
     device = torch.cuda.get_device_name() if args.device == 'cuda' else f'no GPU (a rehearsal on {processor()})'
     return dict(device=device, processor=processor(), cores=os.cpu_count(), torch=torch.__version__,
                 cuda=torch.version.cuda, versions=versions, date=datetime.date.today().isoformat(),
-                commands=[*(before or {}).get('commands', ()), shlex.join(['python', *sys.argv])])
+                commands=[shlex.join(['python', *sys.argv])])
 
 
 def heading(title: str, found: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,20 +31,22 @@ def run_steps(args: argparse.Namespace, clock: Clock) -> list[str]:
     """Measure case after case; returns what to print at the end."""
     cases = cases_of(args.small)[:args.cases]
     planned = [case for case in cases if 'compiled' not in case.variants or args.part[-1] == 'B']
-    found: Row = _measured_before(args) or dict(rates=_rates(args.device), rounds=args.rounds, cases=[])
-    found['environment'] = environment(args, found.get('environment'))
-    done = [case['case'] for case in found['cases']]
-    planned = [case for case in planned if _as_json(case) not in done]
-    found['not_run'] = [str(case) for case in cases if _as_json(case) not in done]
+    now = environment(args)
+    found: Row = _measured_before(args, now) or dict(environment=now, rates=_rates(args.device), rounds=args.rounds,
+                                                     cases=[])
+    there = {_key(case): _is_complete(case) for case in found['cases']}
+    planned = [case for case in planned if not there.get((str(case), case.variants))]
+    found['not_run'] = [str(case) for case in cases if (str(case), case.variants) not in there]
     clear(args.device)
     for number, case in enumerate(planned):
         if clock.left() < args.least_seconds:
             break
         print(case, flush=True)
         begin = time.monotonic()
-        mine: Row = dict(title=str(case), case=_as_json(case), rows={}, left_out={}, regions={})
-        found['cases'].append(mine)
-        found['not_run'].remove(str(case))
+        mine: Row = dict(title=str(case), case=asdict(case), rows={}, left_out={}, regions={})
+        _put(mine, found['cases'], cases_of(args.small))
+        if _key(mine) not in there:
+            found['not_run'].remove(str(case))
 
         def save() -> None:
             write(args, 'gpu_train_step', found, page(found))
@@ -66,23 +68,34 @@ def run_steps(args: argparse.Namespace, clock: Clock) -> list[str]:
             *(['  no time for: ' + '; '.join(found['not_run'])] if found['not_run'] else [])]
 
 
-def _as_json(case: Case) -> Row:
-    return json.loads(json.dumps(asdict(case)))
+def _key(case: Row) -> tuple[str, tuple[str, ...]]:
+    """What tells a measured case from the others: some differ in their variants alone."""
+    return case['title'], tuple(case['case']['variants'])
 
 
-def _measured_before(args: argparse.Namespace) -> Row | None:
-    """With ``--resume`` what OUT has of the same card and packages: the cases of which nothing was left out."""
+def _is_complete(case: Row) -> bool:
+    return not case['left_out'] and all('flops' in row for row in case['rows'].values())
+
+
+def _put(case: Row, among: list[Row], order: Sequence[Case]) -> None:
+    """Put a case in its place, and in that of an earlier one of its key."""
+    places = {(str(each), each.variants): number for number, each in enumerate(order)}
+    among[:] = sorted([case, *(each for each in among if _key(each) != _key(case))],
+                      key=lambda each: places.get(_key(each), len(places)))
+
+
+def _measured_before(args: argparse.Namespace, now: Row) -> Row | None:
+    """With ``--resume`` what OUT has, which must be of the same card and packages."""
     file = args.out / 'gpu_train_step.json'
     if not args.resume or not file.is_file():
         return None
-    found, now = json.loads(file.read_text()), environment(args)
+    found = json.loads(file.read_text())
+    before = found['environment']
     for key in ('device', 'torch', 'cuda', 'versions'):
-        if found['environment'][key] != now[key]:
-            raise ValueError(f'--resume: {file} is of another {key}: {found["environment"][key]}, not {now[key]}; '
-                             'leave --resume out, or give another --out')
-    found['cases'] = [case for case in found['cases'] if not case['left_out']
-                      and all('flops' in row for row in case['rows'].values())]
-    return found
+        if before[key] != now[key]:
+            raise SystemExit(f'error: --resume: {file} is of another {key}: {before[key]}, not {now[key]}; leave '
+                             '--resume out, or give another --out')
+    return found | dict(environment=now | dict(commands=before['commands'] + now['commands']))
 
 
 def _rates(device: str) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_runs import common
+from gpu_runs import common, steps
 from gpu_runs.variants import SMALL_CASES
 
 PROGRAM = Path(__file__).resolve().parents[2] / 'benchmarks/gpu.py'
@@ -63,7 +63,7 @@ def measured(monkeypatch):
         monkeypatch.setattr('sys.argv', ['benchmarks/gpu.py', '--before'])
         about = common.environment(argparse.Namespace(device='cpu')) | environment
         row = dict(times=[[2.]], host=[2.], ms=2., host_ms=2., parameters=1, flops=1, saved=1)
-        cases = [dict(title=str(case), case=json.loads(json.dumps(asdict(case))), rows=dict(baseline=dict(row)),
+        cases = [dict(title=str(case), case=asdict(case), rows=dict(baseline=dict(row)),
                       regions={}, left_out=dict(left_out))
                  for case, left_out in zip(SMALL_CASES, ({}, dict(slim='no time')), strict=False)]
         Path('results').mkdir()
@@ -72,20 +72,30 @@ def measured(monkeypatch):
     return write
 
 
-def test_resumed_it_keeps_the_cases_that_are_complete(run_script, measured):
+def test_resumed_it_keeps_what_is_measured(run_script, measured):
     measured()
     status, captured = run_script(PROGRAM, '--part', 'B', '--device', 'cpu', '--small', '--cases', 1, '--resume',
                                   '--out', 'results')
     assert status == 0 and str(SMALL_CASES[1]) not in captured.out
     found = json.loads(Path('results/gpu_train_step.json').read_text())
-    assert [case['title'] for case in found['cases']] == [str(SMALL_CASES[0])]
+    assert [case['title'] for case in found['cases']] == [*map(str, SMALL_CASES[:2])] and not found['not_run']
     page = Path('results/gpu_train_step.md').read_text()
     assert '`python benchmarks/gpu.py --before` and `python ' in page and '| baseline | 2.0 |' in page
+
+
+def test_resumed_it_measures_what_is_not_complete(run_script, measured, monkeypatch):
+    measured()
+    monkeypatch.setattr(steps._Measurement, 'run', lambda self: self.left_out.update(baseline='seen again'))
+    status, captured = run_script(PROGRAM, '--part', 'B', '--device', 'cpu', '--small', '--resume', '--out', 'results')
+    assert status == 0
+    found = json.loads(Path('results/gpu_train_step.json').read_text())
+    assert [case['title'] for case in found['cases']] == [*map(str, SMALL_CASES)] and not found['not_run']
+    assert [case['left_out'] for case in found['cases']] == [{}, *[dict(baseline='seen again')] * 3]
 
 
 def test_results_of_another_card_are_not_resumed(run_script, measured):
     measured(device='NVIDIA Other')
     before = Path('results/gpu_train_step.json').read_text()
-    _, captured = run_script(PROGRAM, '--part', 'B', '--device', 'cpu', '--small', '--resume', '--out', 'results')
-    assert 'is of another device: NVIDIA Other, not no GPU' in captured.out
+    status, _ = run_script(PROGRAM, '--part', 'B', '--device', 'cpu', '--small', '--resume', '--out', 'results')
+    assert status.startswith('error: --resume: results/gpu_train_step.json is of another device: NVIDIA Other, not no')
     assert Path('results/gpu_train_step.json').read_text() == before and not Path('results/gpu_train_step.md').exists()
