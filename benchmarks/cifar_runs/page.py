@@ -25,7 +25,7 @@ def page(results: dict[str, Any]) -> str:
              'are. All arms of a network and a seed start from the same weights, as far as they have them, and see the '
              'same batches, crops and flips. ResNets learn by SGD, the ViT by AdamW, all with one rise and fall of '
              'the learning rate, smoothed labels and, on a GPU, bfloat16 autocast. With SGD, the pairs (a, b) '
-             f'have {settings["pair_rate"]:g} of the learning rate.', '',
+             f'have {settings["pair_rate"]:g} times that rate.', '',
              f'Blocks are replaced by `EveryKth(k={settings["k"]})` and:', '',
              *(f'- {arm}: `{replacement}`' for arm, replacement in ARMS.items() if replacement), '',
              'FLOPs are those of an image forward and backward, the mean over the steps of a training. ± is the '
