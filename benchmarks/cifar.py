@@ -12,7 +12,8 @@ Every k-th block of a stage is replaced, or of the whole ViT; k is 4, as in the 
     baseline        nothing replaced
     rl-v1           RL-v1, detached, learning in one of eight steps
     rl-v1-coupled   RL-v1, the neighbours learn from the replaced block, too
-    rl-v2           a light operator: SlimBlock
+    rl-v2           a light operator: SlimBlock, learning in one of eight steps
+    rl-v2-every-1   the same, learning in every step
     skip            the blocks left out
     shared          the weights of the kept block before, which learns from both places
 """

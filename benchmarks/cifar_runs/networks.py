@@ -11,6 +11,7 @@ ARMS = {
     'rl-v1': dict(gradient=dict(mode='detached', every=8)),
     'rl-v1-coupled': dict(gradient=dict(mode='coupled')),
     'rl-v2': dict(operator=dict(type='SlimBlock', width=0.25)),
+    'rl-v2-every-1': dict(operator=dict(type='SlimBlock', width=0.25), gradient=dict(every=1)),
     'skip': dict(operator=dict(type='Skip')),
     'shared': dict(fusion=dict(type='SharedWeights'), gradient=dict(mode='coupled')),
 }

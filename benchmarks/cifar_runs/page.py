@@ -15,7 +15,7 @@ LEVEL = 0.95
 
 def page(results: dict[str, Any]) -> str:
     """All results so far, a table for each network."""
-    settings = results['settings']
+    settings, arms = results['settings'], {row['arm'] for row in results['rows']}
     lines = ['# CIFAR-10: what replaced blocks cost in accuracy', '',
              *(f'Made by `{command}`.' for command in results['commands']),
              f'torch {results["torch"]}, {results["device"]}.', '',
@@ -27,7 +27,7 @@ def page(results: dict[str, Any]) -> str:
              'the learning rate, smoothed labels and, on a GPU, bfloat16 autocast. With SGD, the pairs (a, b) '
              f'have {settings["pair_rate"]:g} times that rate.', '',
              f'Blocks are replaced by `EveryKth(k={settings["k"]})` and:', '',
-             *(f'- {arm}: `{replacement}`' for arm, replacement in ARMS.items() if replacement), '',
+             *(f'- {arm}: `{replacement}`' for arm, replacement in ARMS.items() if replacement and arm in arms), '',
              'FLOPs are those of an image forward and backward, the mean over the steps of a training. ± is the '
              'standard deviation over seeds; behind differences stands Welch\'s 95 % interval over seeds. Peak '
              'memory, on a GPU, is what a training needs beyond the images. '

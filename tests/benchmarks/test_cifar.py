@@ -32,13 +32,13 @@ def test_trains_every_arm_and_writes_page_and_data(run, network, replaced):
     status, _ = run('--models', network)
     assert status == 0
     rows = {row['arm']: row for row in read()['rows']}
-    assert list(rows) == ['baseline', 'rl-v1', 'rl-v1-coupled', 'rl-v2', 'skip', 'shared']
+    assert list(rows) == ['baseline', 'rl-v1', 'rl-v1-coupled', 'rl-v2', 'rl-v2-every-1', 'skip', 'shared']
     assert all(0 <= row['accuracy'] <= 1 and len(row['seconds']) == 1 for row in rows.values())
     assert all(row['replaced'] == (replaced if arm != 'baseline' else []) for arm, row in rows.items())
     learn = {arm: row['parameters'] for arm, row in rows.items()}
     assert learn['skip'] == learn['shared'] == learn['rl-v1'] - 2 * len(replaced) < learn['rl-v2'] < learn['baseline']
     flops = {arm: row['flops'] for arm, row in rows.items()}
-    assert flops['skip'] < flops['rl-v2'] < flops['rl-v1'] < flops['baseline']
+    assert flops['skip'] < flops['rl-v2'] < flops['rl-v2-every-1'] < flops['rl-v1'] < flops['baseline']
     assert flops['baseline'] == flops['shared'] == flops['rl-v1-coupled']
     page = Path('new/cifar.md').read_text()
     assert all(f'\n| {arm} | 1 | ' in page for arm in rows)
