@@ -2,8 +2,9 @@ r"""Fine-tuning from ImageNet weights with blocks replaced: what is lost, and wh
 
 Faster R-CNN with MobileNetV2 on Aquarium (configs/aquarium), compared by tools/compare.py. Replaced are 4 of the 14
 blocks in stages, one in each of the last four: what ``EveryKth`` chooses with k = 2, 3 and 4, as these stages have
-three or four blocks. On a CPU core a training of 8 epochs (448 iterations) takes ten minutes and more, one of 54 epochs
-(3,024 iterations) over an hour.
+three or four blocks. Variants called ``best-...`` replace the four that tools/choose_blocks.py chooses (``BEST``). On
+a CPU core a training of 8 epochs (448 iterations) takes ten minutes and more, one of 54 epochs (3,024 iterations) over
+an hour.
 
     python benchmarks/aquarium.py --data DIR --weights mobilenet-v2_imagenet.pth --work-dir work_dirs/aquarium
 
@@ -27,13 +28,23 @@ CONFIG = 'configs/aquarium/faster-rcnn_mobilenet-v2_fpn_8e_aquarium.py'
 R = 'model.backbone.replacement.'
 BACKBONE = ('model.backbone.type=RLBackbone', 'model.backbone.backbone=MobileNetV2')
 BLOCKS = {f'layer{stage}': [1] for stage in (3, 4, 5, 6)}
-REPLACED = (*BACKBONE, f'{R}plan.type=Blocks',
-            *(f'{R}plan.blocks.{stage}={indices}' for stage, indices in BLOCKS.items()))
+BEST = {'layer3': [1], 'layer4': [1, 2], 'layer6': [2]}
+"""By tools/choose_blocks.py with ``--p 0.4 --batches 10 --steps 200``, fusion and operator of ``THIN``."""
+
+
+def plan(blocks: dict[str, list[int]]) -> tuple[str, ...]:
+    """The settings that replace these blocks."""
+    return (*BACKBONE, f'{R}plan.type=Blocks',
+            *(f'{R}plan.blocks.{stage}={indices}' for stage, indices in blocks.items()))
+
+
+REPLACED = plan(BLOCKS)
 FIT, FADE = f'{R}start.type=FitOutputs', f'{R}start.fade=224'
 TRANSFORM = (*REPLACED, f'{R}fusion.type=TransformFusion')
 EVERY_STEP = f'{R}gradient.every=1'  # the learned transformations are small, so their gradient costs little
-LIGHT = (*TRANSFORM, f'{R}fusion.rank=16', f'{R}fusion.adapt=True', EVERY_STEP)
-SLIM = (*LIGHT, f'{R}operator.type=SlimBlock', f'{R}operator.width=0.25')
+LIGHT = (f'{R}fusion.type=TransformFusion', f'{R}fusion.rank=16', f'{R}fusion.adapt=True', EVERY_STEP)
+THIN = (*LIGHT, f'{R}operator.type=SlimBlock', f'{R}operator.width=0.25')
+SLIM = (*REPLACED, *THIN)
 FULL = (*TRANSFORM, f'{R}fusion.share=0.2', EVERY_STEP)
 LENGTHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
 VARIANTS = {
@@ -54,7 +65,8 @@ VARIANTS = {
     'average-every-1': (*REPLACED, EVERY_STEP),
     'light-fit-fade-every-8': (*SLIM, FIT, FADE, f'{R}gradient.every=8'),
     'light-fit-fade-coupled': (*SLIM, FIT, FADE, f'{R}gradient.mode=coupled'),
-    'depthwise-fit-fade': (*LIGHT, f'{R}operator.type=DepthwiseBlock', FIT, FADE),
+    'best-fit-fade': (*plan(BEST), *THIN, FIT, FADE),
+    'depthwise-fit-fade': (*REPLACED, *LIGHT, f'{R}operator.type=DepthwiseBlock', FIT, FADE),
     'scalar-fit': (*REPLACED, FIT, EVERY_STEP),
     # what a user would do otherwise
     'shared': (*REPLACED, f'{R}fusion.type=SharedWeights', f'{R}gradient.mode=coupled'),
@@ -68,7 +80,8 @@ VARIANTS = {
 }
 
 
-ON_THE_PAGE = ('skip', 'skip-fade', 'average', 'light-fit-fade', 'full-fit-fade', 'fixed', 'frozen-2', 'fold-norm')
+ON_THE_PAGE = ('skip', 'skip-fade', 'average', 'light-fit-fade', 'best-fit-fade', 'full-fit-fade', 'fixed', 'frozen-2',
+               'fold-norm')
 
 
 def command(args: argparse.Namespace) -> list[str]:

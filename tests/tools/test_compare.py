@@ -79,6 +79,20 @@ def test_cost_only_trains_nothing(compare, tiny_config, tmp_path):
     assert not (tmp_path / 'work' / 'runs').exists()
 
 
+def test_a_variant_that_is_added_is_measured_alone(compare, tiny_config, tmp_path):
+    def measured(*more):
+        status, output = compare(tiny_config('atss_r34_fpn_digits.py'), '--variant', 'skip', *SKIP, *more,
+                                 '--cost-only', '--work-dir', tmp_path / 'work')
+        assert status == 0, output.err[-2000:]
+        found = json.loads((tmp_path / 'work' / 'report.json').read_text())['variants']
+        return {each['name']: each['cost'] for each in found}, output.out
+
+    before, _ = measured()
+    after, said = measured('--variant', 'wide', 'model.neck.out_channels=16', 'model.bbox_head.in_channels=16')
+    assert 'wide: building' in said and 'skip: building' not in said
+    assert {name: after[name] for name in before} == before and after['wide']['step_flops']
+
+
 @pytest.mark.parametrize(('arguments', 'complaint'), [
     (['--report-only'], 'there is no comparison in it'),
     (['--variant', 'x'], 'no config file is given'),

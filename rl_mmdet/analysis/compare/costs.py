@@ -83,18 +83,26 @@ def environment() -> dict[str, str]:
 
 
 def measure(comparison: Comparison, say: Say, allow_pickle: bool = False) -> None:
-    """Measure all variants with the checkpoints of the first seed, unless that was done with the same ones.
+    """Measure all variants with the checkpoints of the first seed, but those that were measured with the same ones.
+
+    All are measured again where the baseline has another checkpoint than before, or on another device or stack.
 
     Raises:
         UserError: the baseline can't be measured.
     """
     checkpoints = {run.variant: checkpoint_of(run) for run in comparison.runs() if run.seed == 0}
     names = {variant: path and path.name for variant, path in checkpoints.items()}
-    if read_costs(comparison.folder)['checkpoints'] == names:
+    before = read_costs(comparison.folder)
+    kept = {name: cost for name, cost in before['costs'].items()
+            if isinstance(cost, Cost) and name in names and before['checkpoints'].get(name, '') == names[name]}
+    if comparison.baseline not in kept or before['environment'] != environment():
+        kept = {}
+    if names.keys() <= kept.keys():
         say('costs were measured before')
         return
-    cfgs = {variant.name: comparison.config(variant.name) for variant in comparison.variants}
-    costs = measure_costs(cfgs, checkpoints, say=say, allow_pickle=allow_pickle)
+    cfgs = {name: comparison.config(name) for name in names if name == comparison.baseline or name not in kept}
+    found = measure_costs(cfgs, checkpoints, say=say, allow_pickle=allow_pickle) | kept
+    costs = {name: found[name] for name in names}
     content = dict(costs={name: each if isinstance(each, str) else asdict(each) for name, each in costs.items()},
                    environment=environment(), checkpoints=names)
     write_text(comparison.folder / 'costs.json', json.dumps(content, indent=1))
