@@ -16,16 +16,9 @@ Settings of the method, one seed each, and a long training:
     python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_long --epochs 54 --seeds 2 \
         --variants skip light-fit-fade
 """
-import argparse
-import subprocess
-import sys
-from pathlib import Path
+from comparison_scripts import R, compare, parser_of
 
-from command_line import Parser, positive
-
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = 'configs/aquarium/faster-rcnn_mobilenet-v2_fpn_8e_aquarium.py'
-R = 'model.backbone.replacement.'
 BACKBONE = ('model.backbone.type=RLBackbone', 'model.backbone.backbone=MobileNetV2')
 BLOCKS = {f'layer{stage}': [1] for stage in (3, 4, 5, 6)}
 BEST = {'layer3': [1], 'layer4': [1, 2], 'layer6': [2]}
@@ -46,7 +39,6 @@ LIGHT = (f'{R}fusion.type=TransformFusion', f'{R}fusion.rank=16', f'{R}fusion.ad
 THIN = (*LIGHT, f'{R}operator.type=SlimBlock', f'{R}operator.width=0.25')
 SLIM = (*REPLACED, *THIN)
 FULL = (*TRANSFORM, f'{R}fusion.share=0.2', EVERY_STEP)
-LENGTHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
 VARIANTS = {
     'skip': (*REPLACED, f'{R}operator.type=Skip'),
     'skip-fade': (*REPLACED, f'{R}operator.type=Skip', FIT, FADE),
@@ -84,43 +76,11 @@ ON_THE_PAGE = ('skip', 'skip-fade', 'average', 'light-fit-fade', 'best-fit-fade'
                'fold-norm')
 
 
-def command(args: argparse.Namespace) -> list[str]:
-    """The call of tools/compare.py."""
-    variants = []
-    for name in args.variants:
-        variants += ['--variant', name, *VARIANTS[name]]
-    options = [f'data_root={args.data}/', f'model.backbone.init_cfg.checkpoint={args.weights}']
-    if args.epochs:
-        options += [f'{key}={args.epochs}' for key in LENGTHS]
-    ways = ['--cost-only'] * args.cost_only + ['--report-only'] * args.report_only
-    ways += ['--report-dir', str(args.report_dir)] if args.report_dir else []
-    return ['tools/compare.py', f'baseline={CONFIG}', *variants, '--seeds', str(args.seeds), '--jobs', str(args.jobs),
-            '--work-dir', str(args.work_dir), *ways, '--cfg-options', *options, *args.cfg_options]
-
-
-def parse() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument('--data', required=True, help='folder with annotations/ and images/')
-    parser.add_argument('--weights', required=True, help="ImageNet weights in the layout of mmdet's MobileNetV2")
-    parser.add_argument('--work-dir', type=Path, required=True)
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=ON_THE_PAGE)
-    parser.add_argument('--epochs', type=positive, help='8 by default; AP is then measured after the last one only')
-    parser.add_argument('--seeds', type=positive, default=3)
-    parser.add_argument('--jobs', type=positive, default=1, help='trainings side by side')
-    parser.add_argument('--report-dir', type=Path, help='where the report is written (default: the work dir)')
-    parser.add_argument('--cost-only', action='store_true', help='measure costs, train nothing')
-    parser.add_argument('--report-only', action='store_true', help='of what is finished in the work dir')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='more changes of all configs')
-    return parser.parse_args()
-
-
 def main() -> None:
-    process = subprocess.Popen([sys.executable, *command(parse())], cwd=ROOT)
-    try:
-        process.wait()
-    except KeyboardInterrupt:  # the comparison gets it, too, and stops its trainings
-        process.wait()
-    sys.exit(process.returncode)
+    parser = parser_of(__doc__, VARIANTS, ON_THE_PAGE)
+    parser.add_argument('--weights', required=True, help="ImageNet weights in the layout of mmdet's MobileNetV2")
+    args = parser.parse_args()
+    compare(args, CONFIG, VARIANTS, [f'model.backbone.init_cfg.checkpoint={args.weights}'])
 
 
 if __name__ == '__main__':

@@ -15,8 +15,9 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from aquarium import BLOCKS, CONFIG, ROOT
+from aquarium import BLOCKS, CONFIG
 from command_line import Parser, positive
+from comparison_scripts import ROOT
 from rl_mmdet.analysis.choose_blocks import calibration_batches
 from rl_mmdet.engine import build_model, load_checkpoint_, load_config
 from rl_mmdet.replacement import fit_outputs_

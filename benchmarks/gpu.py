@@ -6,13 +6,14 @@
 A   the tests marked gpu, by pytest                                             -> OUT/gpu_checks.md and .json
 B   step time, peak memory and kernels of detectors with every way of replacing -> OUT/gpu_train_step.md and .json
 C   which kernels and calls a step consists of                                  -> OUT/gpu_profile.md and .json
-D   trainings: CIFAR-10, then a detector on Aquarium from ImageNet weights      -> OUT/cifar.md, OUT/aquarium/report.md
+D   trainings: CIFAR-10, a detector on BCCD from scratch, one on Aquarium from ImageNet weights
+                                                     -> OUT/cifar.md, OUT/bccd/report.md, OUT/aquarium/report.md
 
-    python benchmarks/gpu.py --part D --out docs/results --minutes 9 --cifar cifar10_q75.npz --aquarium DIR \
-        --weights mobilenet-v2_imagenet.pth --jobs 4
+    python benchmarks/gpu.py --part D --out docs/results --minutes 9 --cifar cifar10_q75.npz --bccd DIR \
+        --aquarium DIR --weights mobilenet-v2_imagenet.pth --jobs 4
 
 Trainings side by side on one card share it only under NVIDIA's MPS (nvidia-cuda-mps-control -d, before the call);
-without it they take turns. --resume goes on with what OUT has of part B.
+without it they take turns. --resume goes on with what OUT has of part B; detectors of part D always do.
 
 The most important rows come first; results are written after every one. Nothing is begun that can't end in time, and
 what takes longer than expected is stopped.
@@ -59,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--jobs', type=positive, default=1, help='processes for part A, if pytest-xdist is there, and '
                         'trainings side by side in part D')
     for name, what in (('cifar', 'images as benchmarks/cifar.py takes them'),
+                       ('bccd', 'folder as benchmarks/bccd.py takes it'),
                        ('aquarium', 'folder as benchmarks/aquarium.py takes it'), ('weights', 'its ImageNet weights')):
         parser.add_argument(f'--{name}', type=Path, help=f'for part D: {what}')
     parser.add_argument('--tests', nargs='+', default=['tests/gpu'], help='files for part A (default: tests/gpu)')
@@ -68,8 +70,9 @@ def parse() -> argparse.Namespace:
         parser.error('--device cuda: torch finds no GPU here; allowed: cpu, for a rehearsal with --small')
     if (args.aquarium is None) != (args.weights is None):
         parser.error('--aquarium and --weights: part D needs both, or neither')
-    if 'D' in args.part and args.cifar is None and args.aquarium is None:
-        parser.error('--part D: nothing to train on; give --cifar FILE, or --aquarium DIR and --weights FILE')
+    if 'D' in args.part and not (args.cifar or args.bccd or args.aquarium):
+        parser.error('--part D: nothing to train on; give --cifar FILE, --bccd DIR, or --aquarium DIR and --weights '
+                     'FILE')
     args.part = list(dict.fromkeys(args.part))
     return args
 

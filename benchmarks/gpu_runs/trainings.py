@@ -14,6 +14,7 @@ REPORT_SECONDS = 30.
 """What the report on the finished trainings needs."""
 STOP_SECONDS = 8.
 """What a comparison is given to stop its trainings."""
+BCCD = ('--variants', 'skip', 'slim', 'rl-v1')
 LONG = ('--epochs', '54', '--seeds', '1', '--variants', 'light-fit-fade', 'skip')
 SHORT = ('--epochs', '1', '--seeds', '1', '--variants', 'skip')
 
@@ -22,9 +23,13 @@ def run_trainings(args: argparse.Namespace, clock: Clock) -> list[str]:
     """Returns what to print at the end."""
     said = []
     if args.cifar:
-        said.append(_cifar(args, clock.part(CIFAR_SHARE) if args.aquarium else clock))
+        said.append(_cifar(args, clock.part(CIFAR_SHARE) if args.aquarium or args.bccd else clock))
+    if args.bccd:
+        said.append(_comparison(args, clock.part(.5) if args.aquarium else clock, 'bccd', '--data', args.bccd.resolve(),
+                                *(SHORT if args.small else BCCD)))
     if args.aquarium:
-        said.append(_aquarium(args, clock))
+        said.append(_comparison(args, clock, 'aquarium', '--data', args.aquarium.resolve(),
+                                '--weights', args.weights.resolve(), *(SHORT if args.small else LONG)))
     return said
 
 
@@ -35,14 +40,14 @@ def _cifar(args: argparse.Namespace, clock: Clock) -> str:
     return f'D: CIFAR-10, {ended}'
 
 
-def _aquarium(args: argparse.Namespace, clock: Clock) -> str:
-    options = ['--data', args.aquarium.resolve(), '--weights', args.weights.resolve(), '--jobs', args.jobs,
-               '--work-dir', args.out.resolve() / 'aquarium_runs', '--report-dir', args.out.resolve() / 'aquarium',
-               *(SHORT if args.small else LONG)]
-    ended = _script('aquarium.py', *options, seconds=clock.left() - REPORT_SECONDS)
+def _comparison(args: argparse.Namespace, clock: Clock, name: str, *options: object) -> str:
+    """By the script of that name; a further call goes on with its trainings."""
+    options = (*options, '--jobs', args.jobs, '--work-dir', args.out.resolve() / f'{name}_runs',
+               '--report-dir', args.out.resolve() / name)
+    ended = _script(f'{name}.py', *options, seconds=clock.left() - REPORT_SECONDS)
     if ended != 'all of it':
-        _script('aquarium.py', *options, '--report-only', seconds=clock.left())
-    return f'D: Aquarium, {ended}'
+        _script(f'{name}.py', *options, '--report-only', seconds=clock.left())
+    return f'D: {name}, {ended}'
 
 
 def _script(name: str, *arguments: object, seconds: float) -> str:

@@ -31,7 +31,7 @@ def test_left_out():
     ((), 'torch finds no GPU here; allowed: cpu'),
     (('--device', 'cpu', '--minutes', '-1'), "'-1' is no number above 0"),
     (('--device', 'cpu', '--part', 'E'), "choose from 'A', 'B', 'C', 'D'"),
-    (('--device', 'cpu', '--part', 'D'), '--part D: nothing to train on; give --cifar FILE, or'),
+    (('--device', 'cpu', '--part', 'D'), '--part D: nothing to train on; give --cifar FILE, --bccd DIR, or'),
     (('--device', 'cpu', '--aquarium', 'folder'), '--aquarium and --weights: part D needs both'),
 ])
 def test_wrong_input_is_one_line_and_nothing_is_written(run_script, monkeypatch, arguments, said):
