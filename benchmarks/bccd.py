@@ -1,7 +1,7 @@
 """From scratch with blocks replaced: Faster R-CNN with a thin R-34 on BCCD, 3,120 iterations, compared by compare.py.
 
-The backbone has a quarter of R-34's width, so that the task feels a missing block and a CPU core needs 40 minutes for a
-training. Every second block is replaced, 5 of 16.
+The backbone has a quarter of R-34's width: narrow stages feel a missing block sooner, and a CPU core needs 40 minutes
+for a training. Every second block of a stage is replaced, 5 of 16.
 
     python benchmarks/bccd.py --data DIR --work-dir work_dirs/bccd --variants skip slim rl-v1 --seeds 1
 """

@@ -20,8 +20,8 @@ def parser_of(description: str | None, variants: Mapping[str, Sequence[str]], on
     parser.add_argument('--data', required=True, help='folder with annotations/ and images/')
     parser.add_argument('--work-dir', type=Path, required=True)
     parser.add_argument('--variants', nargs='+', choices=variants, default=on_the_page)
-    parser.add_argument('--epochs', type=positive, help='of every training, instead of the config\'s (default: '
-                        '%(default)s); AP is then measured after the last one, unless --cfg-options says otherwise')
+    parser.add_argument('--epochs', type=positive, help='of every training, which then measures AP after the last one '
+                        'alone, unless --cfg-options says otherwise (default: %(default)s; None: the config\'s)')
     parser.add_argument('--seeds', type=positive, default=3)
     parser.add_argument('--jobs', type=positive, default=1, help='trainings side by side')
     parser.add_argument('--report-dir', type=Path, help='where the report is written (default: the work dir)')
