@@ -25,20 +25,20 @@ BEST = {'layer3': [1], 'layer4': [1, 2], 'layer6': [2]}
 """By tools/choose_blocks.py with ``--p 0.4 --batches 10 --steps 200``, fusion and operator of ``THIN``."""
 
 
-def plan(blocks: dict[str, list[int]]) -> tuple[str, ...]:
+def replacing(blocks: dict[str, list[int]]) -> tuple[str, ...]:
     """The settings that replace these blocks."""
     return (*BACKBONE, f'{R}plan.type=Blocks',
             *(f'{R}plan.blocks.{stage}={indices}' for stage, indices in blocks.items()))
 
 
-REPLACED = plan(BLOCKS)
+REPLACED = replacing(BLOCKS)
 FIT, FADE = f'{R}start.type=FitOutputs', f'{R}start.fade=224'
-TRANSFORM = (*REPLACED, f'{R}fusion.type=TransformFusion')
+TRANSFORM = f'{R}fusion.type=TransformFusion'
 EVERY_STEP = f'{R}gradient.every=1'  # the learned transformations are small, so their gradient costs little
-LIGHT = (f'{R}fusion.type=TransformFusion', f'{R}fusion.rank=16', f'{R}fusion.adapt=True', EVERY_STEP)
+LIGHT = (TRANSFORM, f'{R}fusion.rank=16', f'{R}fusion.adapt=True', EVERY_STEP)
 THIN = (*LIGHT, f'{R}operator.type=SlimBlock', f'{R}operator.width=0.25')
 SLIM = (*REPLACED, *THIN)
-FULL = (*TRANSFORM, f'{R}fusion.share=0.2', EVERY_STEP)
+FULL = (*REPLACED, TRANSFORM, f'{R}fusion.share=0.2', EVERY_STEP)
 VARIANTS = {
     'skip': (*REPLACED, f'{R}operator.type=Skip'),
     'skip-fade': (*REPLACED, f'{R}operator.type=Skip', FIT, FADE),
@@ -50,14 +50,14 @@ VARIANTS = {
     'light-fit-fade': (*SLIM, FIT, FADE),
     # what else the method could do
     'coupled': (*REPLACED, f'{R}gradient.mode=coupled'),
-    'pair-per-tensor': (*TRANSFORM, f'{R}fusion.rank=0', EVERY_STEP),
+    'pair-per-tensor': (*REPLACED, TRANSFORM, f'{R}fusion.rank=0', EVERY_STEP),
     'fast-pair': (*REPLACED, 'optim_wrapper.constructor=RLOptimWrapperConstructor',
                   'optim_wrapper.paramwise_cfg.custom_keys.coeff.lr_mult=10'),
     'light-fit-500-fade': (*SLIM, FIT, f'{R}start.steps=500', FADE),
     'average-every-1': (*REPLACED, EVERY_STEP),
     'light-fit-fade-every-8': (*SLIM, FIT, FADE, f'{R}gradient.every=8'),
     'light-fit-fade-coupled': (*SLIM, FIT, FADE, f'{R}gradient.mode=coupled'),
-    'best-fit-fade': (*plan(BEST), *THIN, FIT, FADE),
+    'best-fit-fade': (*replacing(BEST), *THIN, FIT, FADE),
     'depthwise-fit-fade': (*REPLACED, *LIGHT, f'{R}operator.type=DepthwiseBlock', FIT, FADE),
     'scalar-fit': (*REPLACED, FIT, EVERY_STEP),
     # what a user would do otherwise

@@ -107,7 +107,8 @@ class Step:
         self.autocast = torch.autocast(recipe.device, torch.bfloat16, enabled=recipe.device == 'cuda')
         self.steps = 0
         pairs = [layer.coeff for layer in computing_layers(model).values() if 'coeff' in layer.own_parameters()]
-        rest = [parameter for parameter in model.parameters() if parameter not in set(pairs)]
+        paired = set(pairs)
+        rest = [parameter for parameter in model.parameters() if parameter not in paired]
         decayed = [parameter for parameter in rest if parameter.ndim > 1]
         others = [parameter for parameter in rest if parameter.ndim <= 1]
         if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):

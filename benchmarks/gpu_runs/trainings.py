@@ -8,8 +8,6 @@ from contextlib import suppress
 
 from .common import ROOT, Clock
 
-CIFAR_SHARE = .5
-"""Of the time, what CIFAR-10 may take where both are wanted."""
 REPORT_SECONDS = 30.
 """What the report on the finished trainings needs."""
 STOP_SECONDS = 8.
@@ -20,17 +18,9 @@ SHORT = ('--epochs', '1', '--seeds', '1', '--variants', 'skip')
 
 
 def run_trainings(args: argparse.Namespace, clock: Clock) -> list[str]:
-    """Returns what to print at the end."""
-    said = []
-    if args.cifar:
-        said.append(_cifar(args, clock.part(CIFAR_SHARE) if args.aquarium or args.bccd else clock))
-    if args.bccd:
-        said.append(_comparison(args, clock.part(.5) if args.aquarium else clock, 'bccd', '--data', args.bccd.resolve(),
-                                *(SHORT if args.small else BCCD)))
-    if args.aquarium:
-        said.append(_comparison(args, clock, 'aquarium', '--data', args.aquarium.resolve(),
-                                '--weights', args.weights.resolve(), *(SHORT if args.small else LONG)))
-    return said
+    """Each has an equal part of the time that is left; returns what to print at the end."""
+    wanted = [train for data, train in ((args.cifar, _cifar), (args.bccd, _bccd), (args.aquarium, _aquarium)) if data]
+    return [train(args, clock.part(1 / (len(wanted) - number))) for number, train in enumerate(wanted)]
 
 
 def _cifar(args: argparse.Namespace, clock: Clock) -> str:
@@ -38,6 +28,15 @@ def _cifar(args: argparse.Namespace, clock: Clock) -> str:
     ended = _script('cifar.py', *size, '--device', args.device, '--data', args.cifar.resolve(), '--jobs', args.jobs,
                     '--minutes', clock.left() / 60, '--out', args.out.resolve() / 'cifar', seconds=clock.left())
     return f'D: CIFAR-10, {ended}'
+
+
+def _bccd(args: argparse.Namespace, clock: Clock) -> str:
+    return _comparison(args, clock, 'bccd', '--data', args.bccd.resolve(), *(SHORT if args.small else BCCD))
+
+
+def _aquarium(args: argparse.Namespace, clock: Clock) -> str:
+    return _comparison(args, clock, 'aquarium', '--data', args.aquarium.resolve(), '--weights', args.weights.resolve(),
+                       *(SHORT if args.small else LONG))
 
 
 def _comparison(args: argparse.Namespace, clock: Clock, name: str, *options: object) -> str:

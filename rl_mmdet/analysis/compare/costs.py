@@ -93,8 +93,8 @@ def measure(comparison: Comparison, say: Say, allow_pickle: bool = False) -> Non
     checkpoints = {run.variant: checkpoint_of(run) for run in comparison.runs() if run.seed == 0}
     names = {variant: path and path.name for variant, path in checkpoints.items()}
     before = read_costs(comparison.folder)
-    kept = {name: cost for name, cost in before['costs'].items()
-            if isinstance(cost, Cost) and name in names and before['checkpoints'].get(name, '') == names[name]}
+    same = dict(before['checkpoints'].items() & names.items())
+    kept = {name: cost for name, cost in before['costs'].items() if name in same and isinstance(cost, Cost)}
     if comparison.baseline not in kept or before['environment'] != environment():
         kept = {}
     if names.keys() <= kept.keys():
