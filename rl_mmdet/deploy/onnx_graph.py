@@ -2,7 +2,7 @@
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -114,7 +114,7 @@ def export_onnx(cfg: Config, checkpoint: str, out: str, *, size: Sequence[int] |
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'graph.onnx')
         _write_graph(features, batches[-1], len(wanted[0]), file, size is None)
-        difference = max(_difference(file, batch, maps) for batch, maps in zip(batches, wanted, strict=True))
+        difference = _largest(_difference(file, batch, maps) for batch, maps in zip(batches, wanted, strict=True))
         if not difference <= TOLERANCE:
             raise UserError(f'{out}: the graph\'s maps differ from torch\'s by {difference:.0e} of their largest '
                             f'value, {TOLERANCE:.0e} is allowed; nothing is written{_fix(size)}')
@@ -209,7 +209,13 @@ def _difference(file: Path, images: Tensor, wanted: Sequence[Tensor]) -> float:
         return float('inf')
     if [each.shape for each in found] != [each.shape for each in wanted]:
         return float('inf')
-    return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, wanted, strict=True))
+    return _largest(float((one - other).abs().max() / other.abs().max())
+                    for one, other in zip(found, wanted, strict=True))
+
+
+def _largest(values: Iterable[float]) -> float:
+    """NaN if one of them is, which Python's max overlooks."""
+    return torch.tensor(list(values)).max().item()
 
 
 def _fix(size: Sequence[int] | None) -> str:

@@ -1,4 +1,5 @@
 """Training images for what is set before the first step, and the way that they take through a model."""
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,11 +13,16 @@ from .detectors import inner_detectors
 
 
 def training_batches(runner: Runner, count: int) -> Iterator[dict]:
-    """This process's share of random batches of the training set, ``count`` of them or fewer, augmented as ever."""
+    """This process's share of random batches of the training set, ``count`` of them or fewer, augmented as ever.
+
+    All processes have equally many, because SyncBatchNorm waits for all of them in every run.
+    """
     loader = runner.train_dataloader
     size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
     order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(runner.seed or 0))
-    mine = order[get_rank()::get_world_size()][:count * size].tolist()
+    share = math.ceil(len(order) / get_world_size())
+    places = get_rank() + get_world_size() * torch.arange(min(share, count * size))
+    mine = order[places % len(order)].tolist()
     return iter(DataLoader(Subset(loader.dataset, mine), batch_size=size, collate_fn=loader.collate_fn,
                            num_workers=loader.num_workers, worker_init_fn=loader.worker_init_fn))
 

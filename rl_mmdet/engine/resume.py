@@ -80,7 +80,7 @@ def checkpoints_in(work_dir: str | Path, *more: str | Path) -> list[Path]:
     """
     marker = Path(work_dir, LAST)
     named = Path(marker.read_text().strip()) if marker.is_file() else Path()
-    kinds = {_kind(name) for name in ('epoch_1.pth', 'iter_1.pth', INTERRUPTED, named.name)}
+    kinds = {_kind(name) for name in ('epoch_1.pth', 'iter_1.pth', INTERRUPTED, *[named.name] * bool(named.name))}
     series = defaultdict(list)
     for path in (each for folder in (work_dir, *more) for each in Path(folder).glob('*')):
         if _kind(path.name) in kinds:

@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 SCHEME = 'timm://'
+
+
+def norms_with_more(model: nn.Module) -> list[str]:
+    """Names of the BatchNorms with more inside, as timm's with an activation, which converting or fusing drops."""
+    return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)
+            and any(not isinstance(child, nn.Identity) for child in module.children())]
 
 
 def build_timm_model(name: str, **kwargs: Any) -> nn.Module:

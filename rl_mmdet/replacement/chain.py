@@ -75,7 +75,7 @@ class Chain:
     @property
     def frozen(self) -> bool:
         """Nothing in the chain learns, so there is nothing to save by replacing."""
-        return not any(parameter.requires_grad for block in self.blocks for parameter in block.parameters())
+        return not any(map(_learns, self.blocks))
 
     @cached_property
     def _shapes(self) -> list[dict[str, Shape]]:
@@ -85,7 +85,8 @@ class Chain:
     @cached_property
     def _refused(self) -> list[str | None]:
         """Why a block can't be replaced, whatever the others are; None where it can; as it was when first asked for."""
-        return [self._why_shared(block) or (self.operator and self.operator.why_not(block)) for block in self.blocks]
+        return [self._why_shared(block) or (None if _learns(block) else 'it is frozen (no parameter learns)')
+                or (self.operator and self.operator.why_not(block)) for block in self.blocks]
 
     def _why_shared(self, block: nn.Module) -> str | None:
         inside = _count_places(block)
@@ -189,6 +190,10 @@ class Chain:
         if same is not None or not self.adapt:
             return same
         return next((p for p in places if can_resize(p.chain._shapes[p.index].get(name), shape)), None)
+
+
+def _learns(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
 
 
 def _children(container: nn.Module) -> tuple[list[str], list[nn.Module]]:

@@ -18,6 +18,7 @@ onnx = pytest.importorskip('onnx', reason='needs the extra deploy')
 onnxruntime = pytest.importorskip('onnxruntime', reason='needs the extra deploy')
 pytest.importorskip('onnxscript', reason='needs the extra deploy')
 from export import DETECTORS  # noqa: E402  which needs them
+from rl_mmdet.deploy.onnx_session import OnnxSession  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 LIGHT = {'model.backbone.replacement': dict(
@@ -135,6 +136,19 @@ def test_a_graph_that_is_not_torchs_gets_no_file(trained, tiny_config, tmp_path,
     monkeypatch.setattr(torch.onnx, 'export', export)
     cfg, checkpoint, _ = trained(load_config(tiny_config(more=SMALL)))
     with pytest.raises(UserError, match='maps differ from torch.*nothing is written.*--size HEIGHT WIDTH'):
+        export_onnx(cfg, checkpoint, str(tmp_path / 'out.onnx'))
+    assert not list(tmp_path.glob('out*'))
+
+
+def test_a_graph_with_one_map_that_is_not_finite_gets_no_file(trained, tiny_config, tmp_path, monkeypatch):
+    class Broken(OnnxSession):
+        def __call__(self, images):
+            *maps, last = super().__call__(images)
+            return [*maps, last * float('nan')]
+
+    monkeypatch.setattr('rl_mmdet.deploy.onnx_graph.OnnxSession', Broken)
+    cfg, checkpoint, _ = trained(load_config(tiny_config(more=SMALL)))
+    with pytest.raises(UserError, match='maps differ from torch.s by nan'):
         export_onnx(cfg, checkpoint, str(tmp_path / 'out.onnx'))
     assert not list(tmp_path.glob('out*'))
 

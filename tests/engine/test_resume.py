@@ -156,6 +156,11 @@ def test_the_newest_checkpoint_is_found_whatever_became_of_its_marker(work, tmp_
     assert resumed(work)[0].load_from == str(work / 'interrupted.pth')
 
 
+def test_folders_with_a_number_for_a_name_are_no_checkpoints(tmp_path):
+    (tmp_path / '7').mkdir()
+    assert resumed(tmp_path)[0].resume is False
+
+
 def test_a_moved_work_dir_is_not_looked_for_where_it_was(work, tmp_path):
     shutil.copytree(work, tmp_path / 'moved')
     cfg, texts = resumed(tmp_path / 'moved')

@@ -67,6 +67,14 @@ def test_global_block_alone_of_its_kind_can_be_replaced_only_without_positions()
     assert not any('rel_pos' in name for name, _ in model.named_parameters())
 
 
+def test_frozen_blocks_stay_whatever_the_plan():
+    replacement = dict(plan=dict(type='EveryKth', k=2))
+    model = MODELS.build(dict(TINY, type='RLViT', frozen_stages=4, replacement=replacement))
+    assert list(computing_layers(model)) == ['blocks.5']
+    with pytest.raises(ValueError, match="block 3 can't be replaced: it is frozen"):
+        build(3, frozen_stages=4)
+
+
 # Images
 
 @pytest.mark.parametrize(('size', 'grid'), [((64, 64), (4, 4)), ((48, 80), (3, 5)), ((70, 33), (5, 3))])

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from mmcv.cnn import fuse_conv_bn
+from mmengine.config import Config
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rl_mmdet.engine import UserError, load_checkpoint_
+from rl_mmdet.engine.preflight.model import check_distributed
 from rl_mmdet.models import build_rl_backbone
 from rl_mmdet.models.timm_models import read_timm_weights
 from rl_mmdet.replacement import computing_layers
@@ -123,6 +126,27 @@ def test_frozen_stages_do_not_learn_and_keep_their_norms_in_eval(stages, learnin
 def test_norm_eval_keeps_all_norms_in_eval():
     model = build_rl_backbone(timm='resnet50', norm_eval=True, replacement=EVERY_SECOND, **TINY).train()
     assert not any(module.training for module in model.modules() if isinstance(module, _BatchNorm))
+
+
+@pytest.mark.parametrize('settings', [
+    dict(transfer=dict(type='Tensors', names=['layer1.0.conv1.weight'])),
+    dict(replacement=dict(EVERY_SECOND, fusion=dict(type='OwnWeights', learn=False)))], ids=['transfer', 'fixed'])
+def test_norms_that_others_have_frozen_go_on_with_their_statistics(settings):
+    model = build_rl_backbone(timm='resnet50', **settings, **TINY).train()
+    assert all(module.training for module in model.modules() if isinstance(module, _BatchNorm))
+
+
+def test_fusing_and_converting_norms_with_activations_inside_is_refused():
+    model = build_rl_backbone(timm='efficientnet_lite0')
+    with pytest.raises(RuntimeError, match='fuse_conv_bn would drop the activations'):
+        fuse_conv_bn(model)
+    detector = nn.Sequential(model)
+    cfg = Config(dict(sync_bn='torch', launcher='pytorch'))
+    with pytest.raises(UserError, match='sync_bn=.torch.: it would drop the activations .*, such as 0.bn1'):
+        check_distributed(cfg, detector)
+    check_distributed(Config(dict(sync_bn='torch')), detector)
+    check_distributed(cfg, build_rl_backbone(timm='resnet50', **TINY))
+    fuse_conv_bn(build_rl_backbone(timm='resnet50', **TINY))
 
 
 # Weights from files

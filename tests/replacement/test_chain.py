@@ -122,12 +122,14 @@ def test_why_not_at_the_ends(toy_net, index, choice, reason):
     assert find_chains(toy_net())['layer2'].why_not(index, {'layer2': choice}) == reason
 
 
-def test_why_not_frozen_stage_only_if_it_is_frozen_as_a_whole(toy_net):
+def test_why_not_frozen_blocks_and_stages(toy_net):
     net = toy_net()
-    net.layer2[:5].requires_grad_(False)
-    assert find_chains(net)['layer2'].why_not(2) is None
+    net.layer2[:3].requires_grad_(False)
+    net.layer2[3].conv1.requires_grad_(False)
+    chain = find_chains(net)['layer2']
+    assert [chain.why_not(index) for index in (2, 3)] == ['it is frozen (no parameter learns)', None]
     net.layer2.requires_grad_(False)
-    assert 'frozen' in find_chains(net)['layer2'].why_not(2)
+    assert find_chains(net)['layer2'].why_not(2) == 'its stage is frozen (no parameter learns)'
     net.requires_grad_(False)
     assert describe_replaceable(find_chains(net)) == 'blocks that can be replaced: none'
 

@@ -12,11 +12,27 @@ from rl_mmdet.replacement.fusions import ScalarFusion
 from rl_mmdet.replacement.gradient import Gradient
 from rl_mmdet.replacement.operators import FullBlock
 from rl_mmdet.replacement.plans import Blocks, EveryKth
+from rl_mmdet.replacement.registry import OPERATORS
 
 PLAN = dict(type='Blocks', blocks={'layer1': [1], 'layer2': [2, 3]})
 
 
+class OwnOperator(FullBlock):
+    """Of a user, registered from a file of theirs."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.given = kwargs
+
+
 # What happens
+
+def test_an_operator_of_ones_own_may_take_any_arguments(toy_net, monkeypatch):
+    monkeypatch.setitem(OPERATORS.module_dict, 'OwnOperator', OwnOperator)
+    net = toy_net()
+    replace_blocks_(net, dict(plan=PLAN, operator=dict(type='OwnOperator', strength=3)))
+    assert net.layer1[1].operator.given == dict(strength=3)
+
 
 def test_replace_puts_computing_layers_at_the_named_places_and_leaves_the_others(toy_net):
     net = toy_net()

@@ -58,7 +58,7 @@ class StartHook(Hook):
         for name, layer in layers_to_fit(model).items():
             if self.saved is None and layer.fit_wanted:
                 continue
-            if name in (self.saved or {}):
+            if layer.start.fade and name in (self.saved or {}):
                 layer.removed.block.load_state_dict(self.saved[name])
             else:
                 layer.forget_block_()
@@ -97,17 +97,15 @@ class StartHook(Hook):
         began = time.monotonic()
         batches = [[images.cpu() for images in images_of(model, batch)]
                    for batch in training_batches(runner, start.batches)]
-        count = torch.tensor(len(batches))
-        all_reduce(count, op='min')  # SyncBatchNorm waits for all processes in every run
         device = next(model.parameters()).device
         found = fit_outputs_(
-            model, batches[:count], start.steps, start.lr,
+            model, batches, start.steps, start.lr,
             run=lambda whole, inputs: run(whole, [images.to(device) for images in inputs]),
             reduce=_average, track=_with_estimate, keep=start.fade > 0)
         model.train(mode)
         print_log(f'{len(found)} computing layers fitted to the blocks that they replace in '
-                  f'{time.monotonic() - began:.0f} s, on {count} batches; left unexplained (1: as if left out):\n'
-                  f'{_table(found)}', 'current')
+                  f'{time.monotonic() - began:.0f} s, on {len(batches)} batches; '
+                  f'left unexplained (1: as if left out):\n{_table(found)}', 'current')
 
 
 def _average(tensor: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...folding.fold_norm import FoldingConv2d
 from ...models.layouts import take_wrapped_
+from ...models.timm_models import norms_with_more
 from ...replacement import computing_layers
 from ...replacement.start import LoadReport
 from ..config import type_name
@@ -65,10 +66,14 @@ def check_distributed(cfg: Config, model: nn.Module) -> None:
     if type_name(optimizer) == 'ZeroRedundancyOptimizer':
         raise UserError("optim_wrapper.optimizer.type='ZeroRedundancyOptimizer': MMEngine's Runner hangs when it saves "
                         'it; put its optimizer_type there')
+    several = cfg.get('launcher', 'none') != 'none'
+    if several and cfg.get('sync_bn') and norms_with_more(model):
+        raise UserError(f'sync_bn={cfg.sync_bn!r}: it would drop the activations inside timm\'s norms, such as '
+                        f'{norms_with_more(model)[0]}; leave it out')
     coupled = [name for name, layer in computing_layers(model).items()
                if layer.checkpointed and layer.gradient.mode == 'coupled']
     wrapper = cfg.get('model_wrapper_cfg') or {}
-    if cfg.get('launcher', 'none') != 'none' and coupled and not wrapper.get('static_graph'):
+    if several and coupled and not wrapper.get('static_graph'):
         raise UserError("replacement.gradient mode 'coupled' with with_cp=True on several GPUs needs a static graph: "
                         "add --cfg-options model_wrapper_cfg.type=MMDistributedDataParallel "
                         "model_wrapper_cfg.static_graph=True, or use mode 'detached'")
@@ -77,6 +82,7 @@ def check_distributed(cfg: Config, model: nn.Module) -> None:
 def check_start(model: nn.Module, loaded: Sequence[LoadReport]) -> None:
     """A start that is fitted to the removed blocks needs their weights; without a fade, a replaced model's own do."""
     fitted = [layer.start for layer in computing_layers(model).values() if layer.start.keeps_block]
+    loaded = [report for report in loaded if any(report.held.values())]
     if fitted and not loaded:
         raise UserError(f"replacement.start: {fitted[0]} needs a trained baseline's weights, and none are loaded; "
                         "set model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) or load_from=FILE, or "

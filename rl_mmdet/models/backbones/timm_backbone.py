@@ -1,5 +1,6 @@
 """timm's models as mmdet backbones, with Replacement Learning."""
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layouts import own_layout, read_pretrained, translates
-from ..timm_models import SCHEME, build_timm_model, timm_layout, untouched
+from ..timm_models import SCHEME, build_timm_model, norms_with_more, timm_layout, untouched
 from .replacement_mixin import apply_settings_, check_init_cfg
 
 
@@ -81,7 +82,7 @@ class TimmBackbone(BaseModule):
         self._body = (body,)
         self._modules, self._parameters, self._buffers = body._modules, body._parameters, body._buffers
         self._non_persistent_buffers_set = body._non_persistent_buffers_set
-        self._freeze(frozen_stages)
+        self.frozen_norms = self._freeze(frozen_stages)
         apply_settings_(self, replacement, fold_norm, transfer)
 
     @property
@@ -118,16 +119,25 @@ class TimmBackbone(BaseModule):
     def train(self, mode: bool = True) -> 'TimmBackbone':
         super().train(mode)
         self.body.training = mode
-        for module in self.modules():
-            frozen = isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad
-            if frozen or (self.norm_eval and isinstance(module, _BatchNorm)):
+        for name, module in self.named_modules():
+            if name in self.frozen_norms or (self.norm_eval and isinstance(module, _BatchNorm)):
                 module.eval()
         return self
 
-    def _freeze(self, stages: int) -> None:
-        """Freeze the stem and the first ``stages`` stages; -1 for none."""
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As ever, but ``fuse_conv_bn`` would put nothing in the place of norms with an activation inside.
+
+        Raises:
+            RuntimeError: it has called, and there are such norms.
+        """
+        if sys._getframe(1).f_code.co_name == 'fuse_conv_bn' and norms_with_more(self):
+            raise RuntimeError(f'{self.timm}: fuse_conv_bn would drop the activations in timm\'s norms; leave it out')
+        return super().named_children()
+
+    def _freeze(self, stages: int) -> list[str]:
+        """Freeze the stem and the first ``stages`` stages, -1 for none; returns the names of their BatchNorms."""
         if stages < 0:
-            return
+            return []
         from timm.models import group_parameters
         if not hasattr(self.body, 'group_matcher'):
             raise ValueError(f'{self.timm}: timm doesn\'t say what its stages are, so frozen_stages must be -1')
@@ -135,9 +145,11 @@ class TimmBackbone(BaseModule):
         last = max(groups)
         if stages > last:
             raise ValueError(f'{self.timm}: frozen_stages={stages}, but there are {last} stages; allowed: -1 to {last}')
-        for group, names in groups.items():
-            for name in names if group <= stages else ():
-                self.body.get_parameter(name).requires_grad_(False)
+        frozen = [name for group, names in groups.items() if group <= stages for name in names]
+        for name in frozen:
+            self.body.get_parameter(name).requires_grad_(False)
+        return [name for name, module in self.body.named_modules()
+                if isinstance(module, _BatchNorm) and f'{name}.weight' in frozen]
 
 
 @own_layout.register

@@ -67,5 +67,8 @@ def unit_length(weight: Tensor) -> Tensor:
 
 
 def tiny_of(weight: Tensor) -> float:
-    """The smallest normal number of a tensor's type: the shortest length that a weight is divided by."""
-    return torch.finfo(weight.dtype).tiny
+    """The shortest length that a weight is divided by.
+
+    Shorter ones have squares that are 0 in float32, and gradients divided by much less wouldn't be finite.
+    """
+    return max(torch.finfo(weight.dtype).tiny, 1e-19)

@@ -108,10 +108,15 @@ def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: An
     """
     adapted, report = adapt_state_dict(module, state_dict, prefix)
     module.load_report = report
-    for name, layer in computing_layers(module).items():
+    holds_any = any(report.held.values())  # else it is a checkpoint of other parts of the detector
+    for name, layer in computing_layers(module).items() if holds_any else ():
         layer.norm_stale = name in report.initialised
         if layer.removed.block is not None:
-            layer.fit_wanted = layer.norm_stale and _load_block_(layer.removed.block, state_dict, f'{prefix}{name}.')
+            lacking = _load_block_(layer.removed.block, state_dict, f'{prefix}{name}.') if layer.norm_stale else []
+            layer.fit_wanted = layer.norm_stale and not lacking
+            if lacking:
+                logger.warning('%s is not fitted to the block that it replaces, which has no %s in the checkpoint',
+                               name, _first(lacking))
     if report.initialised:
         for line in str(report).splitlines():
             logger.info('%s', line)
@@ -160,11 +165,18 @@ def _own_buffers(layer: ComputingLayer, state_dict: dict[str, Any], prefix: str)
     return made
 
 
-def _load_block_(block: nn.Module, state_dict: dict[str, Any], prefix: str) -> bool:
-    """Load a removed block's own tensors into it; returns whether all its parameters were there."""
-    own = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+def _load_block_(block: nn.Module, state_dict: dict[str, Any], prefix: str) -> list[str]:
+    """Load a removed block's own tensors into it.
+
+    Returns:
+        The parameters without which it isn't the trained block. What no block has in the checkpoint, such as relative
+        positions and offsets of deformable convolutions in a classifier's, stays as initialised, as in kept blocks.
+    """
+    shapes = {name: parameter.shape for name, parameter in block.named_parameters()}
+    given = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    own = {key: value for key, value in given.items() if value.shape == shapes.get(key, value.shape)}
     missing = set(block.load_state_dict(own, strict=False).missing_keys)
-    return not missing & {name for name, _ in block.named_parameters()}
+    return [name for name in shapes if name in missing and any(key.endswith(f'.{name}') for key in state_dict)]
 
 
 def _compare(model: nn.Module, state_dict: dict[str, Any], prefix: str, report: LoadReport) -> None:

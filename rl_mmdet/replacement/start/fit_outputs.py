@@ -79,7 +79,7 @@ def fit_outputs_(model: nn.Module, batches: Sequence[Any], steps: int = 200, lr:
 
         def receive(batch: Any, use: Use) -> None:
             targets = _record(reference, layers, lambda: run(reference, batch))
-            with after_each(layers, lambda name, inputs, _: use(name, layers[name], inputs, *targets[name])):
+            with after_each(layers, lambda name, inputs, _: use(name, layers[name], inputs, *next(targets[name]))):
                 run(model, batch)
 
         found = fit_layers_(layers, batches, steps, lr, receive, reduce, track)
@@ -124,17 +124,19 @@ def fit_layers_(layers: Mapping[str, ComputingLayer], batches: Sequence[Any], st
             difference, effect = _squares(_call(layer, inputs), *target)
             loss = difference / effect.clamp(min=torch.finfo(effect.dtype).tiny)
             grads = torch.autograd.grad(loss, learned[name], allow_unused=True) if learned[name] else ()
-        for parameter, grad in zip(learned[name], grads, strict=True):
-            parameter.grad = grad
+        for parameter, grad in zip(learned[name], grads, strict=True):  # a block may run several times in a batch
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
     for step in track(range(steps)):
+        optimizer.zero_grad()
         receive(batches[step % len(batches)], learn)
         for parameter in parameters if reduce else ():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             reduce(parameter.grad)
         optimizer.step()
-        optimizer.zero_grad()
         schedule.step()
+    optimizer.zero_grad()
     after = _measure(layers, batches, receive, reduce)
     worse = {id(value) for name, own in learned.items() if not after[name] < before[name] for value in own}
     for parameter, value in zip(parameters, start, strict=True):
@@ -231,13 +233,13 @@ def _unreplaced(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _record(model: nn.Module, names: Iterable[str], run: Callable[[], Any]) -> dict[str, tuple[list, list]]:
-    """Inputs and outputs of each of the named blocks."""
-    found: dict[str, tuple[list, list]] = {}
+def _record(model: nn.Module, names: Iterable[str], run: Callable[[], Any]) -> dict[str, Iterator[tuple[list, list]]]:
+    """Inputs and outputs of each of the named blocks, run by run."""
     blocks = {name: model.get_submodule(name) for name in names}
-    with after_each(blocks, lambda name, inputs, out: found.update({name: (_copies(inputs), _copies(out))})):
+    found: dict[str, list[tuple[list, list]]] = {name: [] for name in blocks}
+    with after_each(blocks, lambda name, inputs, out: found[name].append((_copies(inputs), _copies(out)))):
         run()
-    return found
+    return {name: iter(runs) for name, runs in found.items()}
 
 
 def _copies(value: Any) -> list[Tensor]:

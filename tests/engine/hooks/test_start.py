@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from rl_mmdet.engine import StartHook, UserError, add_rl_defaults_, build_model, check_training, load_config
+from rl_mmdet.engine.calibration import training_batches
 from rl_mmdet.replacement import computing_layers, replace_blocks_
 from rl_mmdet.replacement.start import layers_to_fit
 
@@ -88,6 +89,8 @@ def test_removed_blocks_fade_out_and_resuming_in_between_goes_on_as_if_nothing_h
     assert all(torch.equal(value, resumed.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
     assert not layers_to_fit(resumed.model)
     check_training(config(**more | dict(load_from=str(first), resume=True)))
+    without = {'model.backbone.replacement.start.fade': 0, 'load_from': str(first), 'resume': True}
+    assert not layers_to_fit(trained(config(**more | without))[0].model)
     with pytest.raises(UserError, match=r"needs the removed blocks, and the checkpoint is a replaced model's own"):
         check_training(config(**more | dict(load_from=str(first))))
 
@@ -174,6 +177,19 @@ def test_frames_of_videos_are_images(detector):
     model = detector()
     recalibrate(model, torch.randn(4, 3, 8, 8))
     assert model.seen == 24
+
+
+@pytest.mark.parametrize(('images', 'expected'), [(10, [2, 2, 2]), (100, [3, 3, 3]), (2, [1, 1, 1])])
+def test_all_processes_have_equally_many_batches(monkeypatch, images, expected):
+    loader = DataLoader(list(range(images)), batch_size=2)
+    monkeypatch.setattr('rl_mmdet.engine.calibration.get_world_size', lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr('rl_mmdet.engine.calibration.get_rank', lambda rank=rank: rank)
+        shares.append(list(training_batches(SimpleNamespace(train_dataloader=loader, seed=0), 3)))
+    assert [len(share) for share in shares] == expected
+    assert len({len(torch.cat(share)) for share in shares}) == 1
+    assert len(torch.cat(sum(shares, [])).unique()) == min(images, 18)
 
 
 @pytest.mark.parametrize('num_batches', [0, 1.5, '3'])

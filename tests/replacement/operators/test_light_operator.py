@@ -58,6 +58,16 @@ def test_kernels_of_zeros_are_the_identity(make, operator, dtype):
     assert torch.equal(net.blocks[1](x), x)
 
 
+@pytest.mark.parametrize('operator', [DEPTHWISE, SLIM])
+def test_channels_that_are_zero_in_all_kept_blocks_have_finite_gradients(make, operator):
+    net = make('bottleneck', operator)
+    for block in (net.blocks[0], net.blocks[2]):
+        for conv in (block.conv1, block.conv2, block.conv3):
+            conv.weight.data[0] = 0
+    (2. ** 16 * net.blocks[1](*inputs('bottleneck')).square().sum()).backward()
+    assert net.blocks[1].coeff.grad.isfinite().all() and net.blocks[1].coeff.grad.any()
+
+
 # Who fits
 
 @pytest.mark.parametrize('operator', [DepthwiseBlock(), SlimBlock()])

@@ -90,6 +90,37 @@ def test_load_state_dict_baseline_without_a_removed_block(replaced, baseline):
     assert stale(net) == [True, False, True]
 
 
+def test_load_state_dict_of_other_parts_of_a_detector_changes_nothing_for_the_layers(replaced, baseline):
+    whole = nn.ModuleDict({'net': replaced(start=dict(type='FitOutputs')), 'head': nn.Linear(2, 2)})
+    whole.load_state_dict(with_prefix(baseline, 'net.'), strict=False)
+    whole.load_state_dict(with_prefix(nn.Linear(2, 2).state_dict(), 'head.'), strict=False)
+    assert stale(whole.net) == fits(whole.net) == [True, True, True]
+
+
+def fits(net: nn.Module) -> list[bool]:
+    return [layer.fit_wanted for layer in computing_layers(net).values()]
+
+
+@pytest.mark.parametrize(('name', 'change', 'wanted'), [
+    ('conv2.weight', None, [True, False, True]),  # of this block alone
+    ('conv2.weight', lambda weight: weight[:2], [True, False, True])], ids=['lacking', 'of_another_shape'])
+def test_a_removed_block_that_is_incomplete_is_not_fitted_to_and_the_log_says_so(
+        replaced, baseline, caplog, name, change, wanted):
+    net, value = replaced(start=dict(type='FitOutputs')), baseline.pop(f'layer2.2.{name}')
+    if change:
+        baseline[f'layer2.2.{name}'] = change(value)
+    net.load_state_dict(baseline)
+    assert fits(net) == wanted
+    assert f'layer2.2 is not fitted to the block that it replaces, which has no {name} in the checkpoint' in caplog.text
+
+
+def test_what_no_block_has_in_the_checkpoint_is_no_reason_against_a_fit(replaced, baseline):
+    net = replaced(start=dict(type='FitOutputs'))
+    net.load_state_dict({key: value for key, value in baseline.items() if not key.endswith('conv2.weight')},
+                        strict=False)
+    assert fits(net) == [True, True, True]
+
+
 def test_load_state_dict_into_a_copy_and_into_a_part_of_a_larger_model(replaced, baseline):
     net = replaced()
     nn.init.constant_(net.layer2[2].coeff, 3)

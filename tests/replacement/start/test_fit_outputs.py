@@ -75,6 +75,18 @@ def test_a_skipped_block_is_unexplained_and_later_layers_make_up_for_earlier_one
     assert errors['layer2.3'].after == errors['layer2.3'].before != pytest.approx(1)
 
 
+def test_every_run_of_a_block_has_its_own_target_where_a_batch_runs_it_more_than_once(trained, batches):
+    def fitted(batch: list[Tensor]) -> dict[str, tuple[float, float]]:
+        net = replaced(trained, operator=dict(type='SlimBlock', width=1., scale=0.1), fusion=TRANSFORM)
+        return fit_outputs_(net, [batch], steps=60, run=lambda model, images: [model(each) for each in images])
+
+    parts, whole = fitted(batches[:2]), fitted([torch.cat(batches[:2])])
+    assert {name: error.before for name, error in parts.items()} == pytest.approx(
+        {name: error.before for name, error in whole.items()})
+    for found in (parts, fitted([batches[0], batches[1][..., :6]])):
+        assert all(error.after < error.before for error in found.values())
+
+
 def test_a_baselines_checkpoint_is_what_the_fit_aims_at(trained, toy_net, batches):
     net = toy_net().eval()
     replace_blocks_(net, dict(plan=PLAN, start=FIT, fusion=TRANSFORM))
