@@ -16,7 +16,7 @@ VARIANTS = {
     'slim': SLIM,
     'rl-v1': REPLACED,
     'rl-v1-coupled': (*REPLACED, f'{R}gradient.mode=coupled'),
-    'slim-every-1': (*SLIM, f'{R}gradient.every=1'),
+    'slim-coupled': (*SLIM, f'{R}gradient.mode=coupled'),
     'depthwise': (*REPLACED, f'{R}operator.type=DepthwiseBlock'),
     'shared': (*REPLACED, f'{R}fusion.type=SharedWeights', f'{R}gradient.mode=coupled'),
 }

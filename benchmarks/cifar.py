@@ -1,10 +1,11 @@
-"""The paper's own ground, small: ResNet-32, ResNet-110 and a ViT on CIFAR-10, with and without replaced blocks.
+"""The paper's own ground, small: ResNets and a ViT on CIFAR-10, with and without replaced blocks.
 
 Every training starts from nothing; what counts is the accuracy after the last epoch. Writes OUT.md and OUT.json after
 every training. Needs torch, torchvision, scipy and rl_mmdet.replacement; MMDetection needn't be installed.
 
     python benchmarks/cifar.py --device cuda --jobs 8 --minutes 5
     python benchmarks/cifar.py --device cuda --jobs 8 --minutes 5 --models resnet110 --seeds 2 --resume
+    python benchmarks/cifar.py --device cpu --models resnet20 --width 8 --k 2 --batch 128 --jobs 2 --out OUT
     python benchmarks/cifar.py --small --device cpu
 
 Every k-th block of a stage is replaced, or of the whole ViT; k is 4, as in the paper, unless said otherwise. Arms:
@@ -14,6 +15,7 @@ Every k-th block of a stage is replaced, or of the whole ViT; k is 4, as in the 
     rl-v1-coupled   RL-v1, the neighbours learn from the replaced block, too
     rl-v2           a light operator: SlimBlock, learning in one of eight steps
     rl-v2-every-1   the same, learning in every step
+    rl-v2-coupled   the same, the neighbours learn from it, too
     skip            the blocks left out
     shared          the weights of the kept block before, which learns from both places
 """

@@ -70,6 +70,7 @@ VARIANTS = {
     'recompute': replaced('FullBlock', every=8, recompute=True),
     'depthwise': replaced('DepthwiseBlock', every=8),
     'slim': replaced('SlimBlock', every=8),
+    'slim-coupled': replaced('SlimBlock', mode='coupled'),
     'frozen': Variant(change=freeze),
     'checkpoint': Variant(change=checkpoint_all),
 }

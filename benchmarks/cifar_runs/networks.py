@@ -12,6 +12,7 @@ ARMS = {
     'rl-v1-coupled': dict(gradient=dict(mode='coupled')),
     'rl-v2': dict(operator=dict(type='SlimBlock', width=0.25)),
     'rl-v2-every-1': dict(operator=dict(type='SlimBlock', width=0.25), gradient=dict(every=1)),
+    'rl-v2-coupled': dict(operator=dict(type='SlimBlock', width=0.25), gradient=dict(mode='coupled')),
     'skip': dict(operator=dict(type='Skip')),
     'shared': dict(fusion=dict(type='SharedWeights'), gradient=dict(mode='coupled')),
 }
@@ -121,6 +122,7 @@ class Attention(nn.Module):
 
 NETWORKS = {
     'resnet32': lambda width: ResNet(5, width),
+    'resnet20': lambda width: ResNet(3, width),
     'vit': lambda width: ViT(12, 12 * width),
     'resnet110': lambda width: ResNet(18, width),
 }

@@ -16,7 +16,7 @@ LEVEL = 0.95
 def page(results: dict[str, Any]) -> str:
     """All results so far, a table for each network."""
     settings, arms = results['settings'], {row['arm'] for row in results['rows']}
-    lines = ['# CIFAR-10: what replaced blocks cost in accuracy', '',
+    lines = [f'# CIFAR-10: what replaced blocks cost in accuracy, width {settings["width"]}, k = {settings["k"]}', '',
              *(f'Made by `{command}`.' for command in results['commands']),
              f'torch {results["torch"]}, {results["device"]}.', '',
              f'{settings["epochs"]} epochs of {settings["train_images"]:,} images in batches of {settings["batch"]}, '

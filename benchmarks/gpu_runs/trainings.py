@@ -12,7 +12,7 @@ REPORT_SECONDS = 30.
 """What the report on the finished trainings needs."""
 STOP_SECONDS = 8.
 """What a comparison is given to stop its trainings."""
-BCCD = ('--variants', 'skip', 'slim', 'rl-v1')
+BCCD = ('--variants', 'skip', 'slim-coupled', 'rl-v1-coupled')
 LONG = ('--epochs', '54', '--seeds', '1', '--variants', 'light-fit-fade', 'skip')
 SHORT = ('--epochs', '1', '--seeds', '1', '--variants', 'skip')
 

@@ -1,2 +1,3 @@
 _base_ = 'rl-resnet101-k4_8xb32_in1k.py'
-model = dict(backbone=dict(replacement=dict(operator=dict(type='SlimBlock'))))
+model = dict(
+    backbone=dict(replacement=dict(operator=dict(type='SlimBlock'), gradient=dict(mode='coupled'))))

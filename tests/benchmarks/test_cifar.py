@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_runs.networks import build
+from cifar_runs.networks import ARMS, build
 from cifar_runs.training import Recipe, Step
 from rl_mmdet.replacement import computing_layers
 
@@ -24,7 +24,8 @@ def read():
 
 
 @pytest.mark.parametrize(('network', 'replaced'), [
-    ('resnet32', ['layer1.1', 'layer2.1', 'layer3.1']),
+    ('resnet20', ['layer1.1', 'layer2.1', 'layer3.1']),
+    pytest.param('resnet32', ['layer1.1', 'layer2.1', 'layer3.1'], marks=pytest.mark.slow),
     pytest.param('vit', ['blocks.1', 'blocks.5', 'blocks.9'], marks=pytest.mark.slow),
     pytest.param('resnet110', [f'layer{stage}.{block}' for stage in (1, 2, 3) for block in (1, 5, 9, 13)],
                  marks=pytest.mark.slow)])
@@ -32,13 +33,14 @@ def test_trains_every_arm_and_writes_page_and_data(run, network, replaced):
     status, _ = run('--models', network)
     assert status == 0
     rows = {row['arm']: row for row in read()['rows']}
-    assert list(rows) == ['baseline', 'rl-v1', 'rl-v1-coupled', 'rl-v2', 'rl-v2-every-1', 'skip', 'shared']
+    assert list(rows) == list(ARMS)
     assert all(0 <= row['accuracy'] <= 1 and len(row['seconds']) == 1 for row in rows.values())
     assert all(row['replaced'] == (replaced if arm != 'baseline' else []) for arm, row in rows.items())
     learn = {arm: row['parameters'] for arm, row in rows.items()}
     assert learn['skip'] == learn['shared'] == learn['rl-v1'] - 2 * len(replaced) < learn['rl-v2'] < learn['baseline']
     flops = {arm: row['flops'] for arm, row in rows.items()}
-    assert flops['skip'] < flops['rl-v2'] < flops['rl-v2-every-1'] < flops['rl-v1'] < flops['baseline']
+    assert flops['skip'] < flops['rl-v2'] < flops['rl-v2-coupled'] < flops['rl-v1'] < flops['baseline']
+    assert flops['rl-v2-every-1'] == flops['rl-v2-coupled']
     assert flops['baseline'] == flops['shared'] == flops['rl-v1-coupled']
     page = Path('new/cifar.md').read_text()
     assert all(f'\n| {arm} | 1 | ' in page for arm in rows)
@@ -84,7 +86,7 @@ def test_trainings_side_by_side_are_processes(run):
     (('--data', 'missing.npz'), '--data missing.npz: no such file; give an npz with the arrays train_bytes, '),
     (('--data', 'other.npz'), '--data other.npz: it is no npz with an array train_bytes; needed: '),
     (('--train-images', 17), '--train-images 17: '),
-    (('--models', 'resnet50'), "choose from 'resnet32', 'vit', 'resnet110'"),
+    (('--models', 'resnet50'), "choose from 'resnet32', 'resnet20', 'vit', 'resnet110'"),
     (('--arms', 'rl'), "choose from 'baseline', 'rl-v1'"),
     (('--device', 'cuda'), 'torch finds no GPU here; allowed: cpu'),
     (('--jobs', 0), "'0' is no integer of at least 1"),

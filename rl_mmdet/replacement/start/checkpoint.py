@@ -172,11 +172,12 @@ def _load_block_(block: nn.Module, state_dict: dict[str, Any], prefix: str) -> l
         The parameters without which it isn't the trained block. What no block has in the checkpoint, such as relative
         positions and offsets of deformable convolutions in a classifier's, stays as initialised, as in kept blocks.
     """
-    shapes = {name: parameter.shape for name, parameter in block.named_parameters()}
+    own = dict(block.named_parameters()) | dict(block.named_buffers())
     given = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    own = {key: value for key, value in given.items() if value.shape == shapes.get(key, value.shape)}
-    missing = set(block.load_state_dict(own, strict=False).missing_keys)
-    return [name for name in shapes if name in missing and any(key.endswith(f'.{name}') for key in state_dict)]
+    fitting = {key: value for key, value in given.items() if key not in own or value.shape == own[key].shape}
+    missing = set(block.load_state_dict(fitting, strict=False).missing_keys)
+    return [name for name, _ in block.named_parameters()
+            if name in missing and any(key.endswith(f'.{name}') for key in state_dict)]
 
 
 def _compare(model: nn.Module, state_dict: dict[str, Any], prefix: str, report: LoadReport) -> None:
