@@ -49,12 +49,12 @@ def class_of(registry: Registry, kind: Any) -> type | None:
 
 def call_checked(cls: Callable, arguments: dict, setting: str) -> Any:
     """Call ``cls(**arguments)`` after checking the arguments' names against its signature. Errors as above."""
-    parameters = list(inspect.signature(cls).parameters.values())
-    allowed = [parameter for parameter in parameters if parameter.kind not in (parameter.VAR_POSITIONAL,
-                                                                               parameter.VAR_KEYWORD)]
+    parameters = inspect.signature(cls).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    allowed = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
     names = [parameter.name for parameter in allowed]
     for key in arguments:
-        if key not in names and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        if key not in names and not takes_any:
             raise ValueError(f'{setting}: {cls.__name__} has no argument {key!r}; '
                              f'allowed: {", ".join(names) or "none"}; if it is inherited from the settings of another '
                              'type, add _delete_=True')

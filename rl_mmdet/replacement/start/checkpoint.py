@@ -108,8 +108,8 @@ def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: An
     """
     adapted, report = adapt_state_dict(module, state_dict, prefix)
     module.load_report = report
-    holds_any = any(report.held.values())  # else it is a checkpoint of other parts of the detector
-    for name, layer in computing_layers(module).items() if holds_any else ():
+    layers = computing_layers(module) if any(report.held.values()) else {}  # a checkpoint of the neck alone has none
+    for name, layer in layers.items():
         layer.norm_stale = name in report.initialised
         if layer.removed.block is not None:
             lacking = _load_block_(layer.removed.block, state_dict, f'{prefix}{name}.') if layer.norm_stale else []

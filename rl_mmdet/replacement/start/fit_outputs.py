@@ -128,15 +128,15 @@ def fit_layers_(layers: Mapping[str, ComputingLayer], batches: Sequence[Any], st
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
+    optimizer.zero_grad()
     for step in track(range(steps)):
-        optimizer.zero_grad()
         receive(batches[step % len(batches)], learn)
         for parameter in parameters if reduce else ():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             reduce(parameter.grad)
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
-    optimizer.zero_grad()
     after = _measure(layers, batches, receive, reduce)
     worse = {id(value) for name, own in learned.items() if not after[name] < before[name] for value in own}
     for parameter, value in zip(parameters, start, strict=True):
