@@ -10,7 +10,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='weights of the unreplaced backbone, or of a detector with it')
     parser.add_argument('--p', type=float, required=True, help='fraction of the replaceable blocks to replace')
     parser.add_argument('--batches', type=int, default=4, help='batches of the training set to measure on (default: 4)')
-    parser.add_argument('--fusion', metavar='NAME|JSON', help='instead of the config\'s, e.g. ChannelFusion or '
+    parser.add_argument('--fusion', metavar='NAME|JSON', help='instead of the config\'s, e.g. TransformFusion or '
                         '\'{"type": "ScalarFusion", "adapt": true}\'')
     parser.add_argument('--operator', nargs='+', default=[], metavar='NAME|JSON', help='instead of the config\'s; of '
                         'several each is tried, and the plan is the first one\'s')

@@ -10,7 +10,7 @@ one is summed over areas, which keeps its response to a constant. Vectors repeat
 Position tables are interpolated along their positions, over both axes of the map where they hold a square one (and
 aren't called ``..._h`` or ``..._w``, as those of one axis are).
 
-Nothing here learns: what the sizes can't say, the fusion must (``ChannelFusion``, ``TransformFusion``).
+Nothing here learns: what the sizes can't say, the fusion must (``TransformFusion``).
 """
 import math
 

@@ -42,8 +42,8 @@ def test_choice_of_a_replaced_config_is_that_of_its_baseline_with_its_fusion_and
     replaced, options = load_config(tiny_config()), dict(batches=1, steps=0)
     [trial] = choose_blocks(replaced, saved, 0.3, **options)
     assert trial.errors == choose_blocks(load_config(tiny_config(BASELINE)), saved, 0.3, **options)[0].errors
-    replaced.model.backbone.replacement.fusion = dict(type='ChannelFusion')
-    assert choose_blocks(replaced, saved, 0.3, **options)[0].report.settings['fusion'].startswith('ChannelFusion')
+    replaced.model.backbone.replacement.fusion = dict(type='TransformFusion')
+    assert choose_blocks(replaced, saved, 0.3, **options)[0].report.settings['fusion'].startswith('TransformFusion')
     [named] = choose_blocks(replaced, saved, 0.3, operators=['SlimBlock'],
                             fusion=json.dumps(dict(type='ScalarFusion', adapt=True)), **options)
     assert named.report.settings['fusion'].startswith('ScalarFusion')
@@ -102,7 +102,7 @@ def test_table_has_every_block_with_its_error_or_reason(tiny_config, saved):
     ({}, dict(p=0.), 'p must be a number above 0 and at most 1'),
     ({}, dict(batches=0), '--batches must be at least 1, got 0'),
     ({}, dict(steps=-1), 'BestFit: steps must be an integer of at least 0, got -1'),
-    ({}, dict(fusion='Nothing'), "unknown type 'Nothing'; allowed: ChannelFusion"),
+    ({}, dict(fusion='Nothing'), "unknown type 'Nothing'; allowed: OwnWeights"),
     ({}, dict(operators=['{"type": ']), r"--operator: not a JSON object \(.*--operator '\{\"type\": \"NAME\"\}'"),
     ({}, dict(fusion='{"type": "ScalarFusion", "init": "x"}'), 'init must be a finite number'),
     ({'model.backbone': None}, {}, 'model.backbone is missing'),

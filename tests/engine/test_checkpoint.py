@@ -79,8 +79,9 @@ def test_what_does_not_fit_is_refused_with_its_keys(save, saved, model, complain
     (replaced(k=4), replaced(k=4, operator=SLIM), ['layer2.1 has coeff there and coeff and scale here']),
     (replaced(k=4, operator=SLIM), replaced(k=4), ['layer2.1 has coeff and scale there and coeff here']),
     (replaced(k=4), replaced(k=4, operator=dict(type='Skip')), ['layer2.1 has coeff there and nothing here']),
-    (replaced(k=4, operator=SLIM), replaced(k=4, operator=SLIM, fusion=dict(type='ChannelFusion')),
-     ['layer2.1.coeff has shape (2,) there and (2, 34) here']),
+    (replaced(k=4, fusion=dict(type='TransformFusion', rank=1)),
+     replaced(k=4, fusion=dict(type='TransformFusion', rank=2)),
+     ['layer2.1.down has shape (', ', 1) there and (', ', 2) here']),
     (replaced(k=4), TINY, ['layer2.1 is replaced there and kept here', 'tools/materialize.py']),
     (replaced(k=4, operator=SLIM), TINY, ['layer2.1 is replaced there and kept here']),
 ], ids=['more', 'fewer', 'others', 'lighter', 'not light', 'left out', 'fusion', 'none', 'none, light'])

@@ -59,7 +59,7 @@ class ConvNeXt(nn.Module):
 
 
 def test_mmdetections_layer_decay_spares_a_fusion_with_many_pairs(toy_net):
-    model = Net(toy_net(), dict(REPLACEMENT, fusion=dict(type='ChannelFusion')))
+    model = Net(toy_net(), dict(REPLACEMENT, fusion=dict(type='TransformFusion')))
     model.backbone.__class__ = ConvNeXt
     ours, theirs = ({setting: by_parameter(kind(dict(WRAPPER), dict(num_layers=6, decay_rate=.7)), model, setting)
                      for setting in ('weight_decay', 'lr')} for kind in (

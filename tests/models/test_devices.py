@@ -34,7 +34,7 @@ def marks(fusion: str, operator: dict | None) -> tuple:
     for each in RUNS])
 def test_replaced_backbone_runs_on_one_device(name, fusion, operator, cases, on_fake_gpu):
     mode, move = on_fake_gpu
-    fusion = dict(type='ChannelFusion', adapt=True) if fusion == 'adapt' else dict(type=fusion)
+    fusion = dict(type='TransformFusion', adapt=True) if fusion == 'adapt' else dict(type=fusion)
     model = cases[name].build(fusion=fusion, operator=operator)
     for layer in computing_layers(model).values():
         layer.gradient.recompute = False  # fake tensors can't be asked whether they share memory

@@ -53,7 +53,7 @@ def test_materialized_is_the_baseline_and_computes_the_same(cfg, blocks, randomi
 
 
 @pytest.mark.parametrize(('cfg', 'blocks', 'fusion'), [
-    *((*place, 'ScalarFusion') for place in PLACES.values()), (*PLACES['both_ends'], 'ChannelFusion'),
+    *((*place, 'ScalarFusion') for place in PLACES.values()), (*PLACES['both_ends'], 'TransformFusion'),
     (*PLACES['swin'], 'TransformFusion')], ids=range(6))
 def test_baselines_state_dict_fits(cfg, blocks, fusion, randomise_):
     model = build(cfg, blocks, type=fusion)

@@ -175,7 +175,7 @@ def test_blocks_that_save_nothing_are_not_open():
     model = nn.Sequential(nn.Sequential(*(Mlp(hidden=1, bias=False) for _ in range(4))),
                           nn.Sequential(*(Mlp(hidden=64) for _ in range(5))))
     report = replace_blocks_(model, dict(plan=dict(type='LearnedPlan', budget=dict(params=0.6)),
-                                         fusion=dict(type='ChannelFusion')))
+                                         fusion=dict(type='TransformFusion', rank=1)))
     assert [row.name for row in report.rows if row.open] == ['1.1', '1.2', '1.3']
     assert "  0.1 (Mlp): kept, can't be replaced: that would save no learnable parameters" in str(report)
 

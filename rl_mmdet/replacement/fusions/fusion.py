@@ -3,17 +3,17 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..resize import Shape, kind_of
+from ..resize import Shape
 
 Pair = tuple[Tensor | None, Tensor | None]
 """A tensor of the neighbours before and after, in the size of the tensor to make; None where there is none."""
 
 
 class Fusion:
-    r"""What all fusions share: a mixture :math:`a·θ_p + b·θ_n`, whose :math:`(a, b)` is common to a group of entries.
+    r"""What all fusions share: a mixture :math:`a·θ_p + b·θ_n`; :math:`(a, b)` is the block's, or every tensor has one.
 
     The computing layer gets one parameter, ``coeff``, holding all pairs: of shape ``(2,)`` where there is one pair
-    for the whole block, ``(2, N)`` where there are N, in the order of the block's tensors.
+    for the whole block, ``(2, N)`` where there is one for each of its N tensors.
 
     Args:
         init: start of every a and b.
@@ -34,10 +34,6 @@ class Fusion:
         self.init = float(init)
         self.adapt = adapt
 
-    def groups(self, name: str, shape: Shape) -> int:
-        """How many pairs (a, b) a tensor has."""
-        return 1
-
     def check(self, shapes: dict[str, Shape]) -> None:
         """Raise a ValueError if it can't make tensors of these shapes."""
 
@@ -46,7 +42,7 @@ class Fusion:
 
         Here ``coeff`` at ``init``, in float64: the average of the neighbours, times 2·init.
         """
-        size = (2,) if self.one_pair else (2, sum(self.groups(name, shape) for name, shape in shapes.items()))
+        size = (2,) if self.one_pair else (2, len(shapes))
         return {'coeff': torch.full(size, self.init, dtype=torch.float64)}
 
     def fuse(self, parameters: dict[str, Tensor], pairs: dict[str, Pair]) -> dict[str, Tensor]:
@@ -62,15 +58,7 @@ class Fusion:
         """For every tensor its a and b, shaped to be multiplied with it; the same ones where there is one pair."""
         if self.one_pair:
             return dict.fromkeys(pairs, tuple(coeff))
-        factors, start = {}, 0
-        for name, pair in pairs.items():
-            shape = _shape_of(pair)
-            count = self.groups(name, shape)
-            mine = coeff[:, start:start + count]
-            start += count
-            factors[name] = tuple(mine.flatten() if count == 1 else
-                                  (side.view(_per_group(name, shape)) for side in mine))
-        return factors
+        return dict(zip(pairs, map(tuple, coeff.T), strict=True))
 
     def _settings(self) -> str:
         return f'init={self.init}' + (', adapt=True' if self.adapt else '')
@@ -101,13 +89,3 @@ def _multiplied(tensors: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
     """Each tensor times its factor; where all have the same one, CUDA does it in one launch."""
     same = not factors[0].ndim and all(factor is factors[0] for factor in factors)
     return torch._foreach_mul(tensors, factors[0] if same else factors)
-
-
-def _shape_of(pair: Pair) -> Shape:
-    """The shape of a pair's tensors."""
-    return tuple(next(tensor for tensor in pair if tensor is not None).shape)
-
-
-def _per_group(name: str, shape: Shape) -> tuple[int, ...]:
-    """The shape in which one number per group multiplies a tensor: heads are a table's last axis."""
-    return (-1,) + (1,) * (len(shape) - 1) if kind_of(name, shape) == 'weight' else (-1,)

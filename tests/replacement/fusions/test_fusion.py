@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from rl_mmdet.replacement import computing_layers, replace_blocks_
-from rl_mmdet.replacement.fusions import ChannelFusion, ScalarFusion, TransformFusion
+from rl_mmdet.replacement.fusions import ScalarFusion, TransformFusion
 
-every_fusion = pytest.mark.parametrize('fusion', [ScalarFusion, ChannelFusion, TransformFusion])
+every_fusion = pytest.mark.parametrize('fusion', [ScalarFusion, TransformFusion])
 
 
 @every_fusion
@@ -57,7 +57,7 @@ def test_tensors_that_only_one_neighbour_has_are_made_without_gradient(pairs_of,
 
 @pytest.mark.parametrize(('fusion', 'more', 'error', 'message'), [
     (ScalarFusion, dict(adapt=1), TypeError, 'adapt must be True or False, got 1'),
-    (ChannelFusion, dict(init='a'), ValueError, "init must be a finite number, got 'a'"),
+    (TransformFusion, dict(init='a'), ValueError, "init must be a finite number, got 'a'"),
 ])
 def test_wrong_arguments_raise_with_the_fusions_name(fusion, more, error, message):
     with pytest.raises(error, match=f'{fusion.__name__}: {message}'):

@@ -105,7 +105,7 @@ def test_wrong_arguments_raise(make, operator, message):
 # Gradients
 
 @pytest.mark.parametrize(('name', 'operator', 'fusion'), [
-    *((*each, 'ScalarFusion') for each in FITTING), ('bottleneck', SLIM, 'ChannelFusion'),
+    *((*each, 'ScalarFusion') for each in FITTING), ('bottleneck', SLIM, 'TransformFusion'),
     ('bottleneck', DEPTHWISE, 'TransformFusion')], ids=str)
 def test_gradients_of_all_that_learns_and_of_the_input(make, name, operator, fusion):
     rank = dict(rank=1) if fusion == 'TransformFusion' else {}
@@ -153,10 +153,10 @@ def test_materialized_computes_the_same_by_ordinary_layers(make, name, operator)
 
 
 @pytest.mark.parametrize(('name', 'operator', 'pairs'), [
-    ('bottleneck', DEPTHWISE, 4), ('bottleneck', SLIM, 2 + 2 + 16), ('vit', SLIM, 2 + 16 + 1 + 8)])
+    ('bottleneck', DEPTHWISE, 1), ('bottleneck', SLIM, 3), ('vit', SLIM, 5)])
 def test_learned_are_the_fusions_numbers_and_a_scale_per_channel(make, name, operator, pairs):
     channels = BLOCKS[name][1][-1 if name == 'vit' else 1]
-    for fusion, shape in ((None, (2,)), (dict(type='ChannelFusion'), (2, pairs))):
+    for fusion, shape in ((None, (2,)), (dict(type='TransformFusion', share=1e-6), (2, pairs))):
         state = make(name, operator, fusion).blocks[1].state_dict()  # no norm's statistics are left
         assert {n: tuple(value.shape) for n, value in state.items()} == {'coeff': shape, 'scale': (channels,)}
 

@@ -48,7 +48,7 @@ def by_hand(net, block, batches, **settings):
 
 @pytest.mark.parametrize('settings', [
     {},
-    dict(fusion=dict(type='ChannelFusion', adapt=True), start=dict(type='FitOutputs')),
+    dict(fusion=dict(type='TransformFusion', adapt=True), start=dict(type='FitOutputs')),
     dict(operator=dict(type='SlimBlock', scale=0.5)),
     dict(operator=dict(type='Skip')),
 ])
