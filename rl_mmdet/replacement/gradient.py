@@ -85,10 +85,6 @@ def build_gradient(cfg: Any) -> Gradient:
         return cfg
     if cfg is not None and not isinstance(cfg, Mapping):
         raise TypeError(f"replacement.gradient must be a dict such as dict(mode='detached'), got {cfg!r}")
-    for old, new in (('sample', 'every=8 learns from one step in 8, which is faster'),
-                     ('memory', 'recompute=True keeps least, and light operators do so by themselves')):
-        if old in (cfg or {}):
-            raise ValueError(f'replacement.gradient: {old} is no longer there; leave it out: {new}')
     return call_checked(Gradient, dict(cfg or {}), 'replacement.gradient')
 
 

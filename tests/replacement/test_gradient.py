@@ -275,8 +275,6 @@ def test_defaults_are_detached_and_every_eighth_step():
     (dict(recompute='yes'), TypeError, "recompute must be True, False or None, got 'yes'"),
     (dict(recompute=1), TypeError, 'recompute must be True, False or None, got 1'),
     (dict(mode='coupled', every=4), ValueError, "every=4 goes with mode='detached' only: .*; leave every out"),
-    (dict(sample=0.125), ValueError, 'sample is no longer there; leave it out: every=8 learns from one step in 8'),
-    (dict(memory='masks'), ValueError, 'memory is no longer there; leave it out: recompute=True keeps least'),
     (dict(kind='x'), ValueError, "Gradient has no argument 'kind'; allowed: mode, every, recompute"),
     ('coupled', TypeError, r"must be a dict such as dict\(mode='detached'\), got 'coupled'"),
 ])
