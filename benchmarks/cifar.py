@@ -18,6 +18,8 @@ Every k-th block of a stage is replaced, or of the whole ViT; k is 4, as in the 
     rl-v2-coupled   the same, the neighbours learn from it, too
     skip            the blocks left out
     shared          the weights of the kept block before, which learns from both places
+    shorter         nothing replaced, and as many steps as cost what skip costs
+    narrower        nothing replaced, and narrower stages that cost about what rl-v2-coupled costs
 """
 import argparse
 import gc

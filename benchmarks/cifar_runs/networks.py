@@ -15,8 +15,12 @@ ARMS = {
     'rl-v2-coupled': dict(operator=dict(type='SlimBlock', width=0.25), gradient=dict(mode='coupled')),
     'skip': dict(operator=dict(type='Skip')),
     'shared': dict(fusion=dict(type='SharedWeights'), gradient=dict(mode='coupled')),
+    'shorter': None,
+    'narrower': None,
 }
 """The replacement's settings besides the plan, by the arm's name; None replaces nothing."""
+AS_CHEAP_AS = {'shorter': 'skip', 'narrower': 'rl-v2-coupled'}
+"""What else saves cost: fewer steps, and narrower stages, until a training costs what that of another arm does."""
 CLASSES = 10
 
 
@@ -132,7 +136,7 @@ NETWORKS = {
 def build(network: str, arm: str, seed: int, width: int, k: int) -> tuple[nn.Module, list[str]]:
     """A network with the arm's replacement, and the names of its replaced blocks.
 
-    What all arms have starts from the same weights.
+    What all arms of a width have starts from the same weights.
     """
     torch.manual_seed(seed)
     model = NETWORKS[network](width)

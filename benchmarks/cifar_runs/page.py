@@ -7,10 +7,12 @@ from typing import Any
 
 from scipy import stats
 
-from .networks import ARMS, NETWORKS
+from .networks import ARMS, AS_CHEAP_AS, NETWORKS
 
 Rows = list[dict[str, Any]]
 LEVEL = 0.95
+PLAIN = {'shorter': f'nothing; as many steps as cost what `{AS_CHEAP_AS["shorter"]}` costs',
+         'narrower': f'nothing; stages of a width that costs nearly what `{AS_CHEAP_AS["narrower"]}` costs'}
 
 
 def page(results: dict[str, Any]) -> str:
@@ -27,8 +29,10 @@ def page(results: dict[str, Any]) -> str:
              'the learning rate, smoothed labels and, on a GPU, bfloat16 autocast. With SGD, the pairs (a, b) '
              f'have {settings["pair_rate"]:g} times that rate.', '',
              f'Blocks are replaced by `EveryKth(k={settings["k"]})` and:', '',
-             *(f'- {arm}: `{replacement}`' for arm, replacement in ARMS.items() if replacement and arm in arms), '',
-             'FLOPs are those of an image forward and backward, the mean over the steps of a training. ± is the '
+             *(f'- {arm}: `{replacement}`' for arm, replacement in ARMS.items() if replacement and arm in arms),
+             *(f'- {arm}: {text}' for arm, text in PLAIN.items() if arm in arms), '',
+             'FLOPs are those of an image forward and backward, the mean over the steps of a training; the cost is '
+             'FLOPs times epochs, over the baseline\'s. ± is the '
              'standard deviation over seeds; behind differences stands Welch\'s 95 % interval over seeds. Peak '
              'memory, on a GPU, is what a training needs beyond the images. '
              + ('The time of an epoch is the median over epochs and seeds, the first epoch left out, over the '
@@ -37,7 +41,8 @@ def page(results: dict[str, Any]) -> str:
     for network in NETWORKS:
         rows = [row for row in results['rows'] if row['network'] == network]
         if rows:
-            lines += [f'## {network}', '', *_table([row for row in rows if 'error' not in row], settings['jobs'] == 1)]
+            lines += [f'## {network}', '', *_table([dict(epochs=settings['epochs']) | row for row in rows
+                                                    if 'error' not in row], settings['jobs'] == 1)]
     failed = [row for row in results['rows'] if 'error' in row]
     if failed:
         lines += ['## Not finished', '',
@@ -54,7 +59,9 @@ def _table(rows: Rows, timed: bool) -> list[str]:
     columns: dict[str, Callable[[Rows], str]] = {
         'seeds': lambda found: str(len(found)),
         'trainable parameters, M': lambda found: f'{found[0]["parameters"] / 1e6:.3f}',
+        'epochs': lambda found: f'{found[0]["epochs"]:.3g}',
         'MFLOPs of an image': lambda found: f'{found[0]["flops"] / 1e6:.1f}',
+        **({'cost': lambda found: f'{_cost(found) / _cost(baseline):.2f}'} if baseline else {}),
         'accuracy, %': lambda found: _spread(_percent(found)),
         'difference': lambda found: '' if found is baseline else _difference(_percent(baseline), _percent(found)),
     }
@@ -67,6 +74,10 @@ def _table(rows: Rows, timed: bool) -> list[str]:
             *(' | '.join([f'| {arm}', *(cell(found) for cell in columns.values())]) + ' |'
               for arm, found in by_arm.items()), '',
             *([f'Replaced: {", ".join(replaced)}.', ''] if replaced else [])]
+
+
+def _cost(rows: Rows) -> float:
+    return rows[0]['flops'] * rows[0]['epochs']
 
 
 def _percent(rows: Rows) -> list[float]:

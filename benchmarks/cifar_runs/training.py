@@ -1,7 +1,9 @@
 """One training: a network with one arm's replacement, from one seed, to the accuracy after its last epoch."""
 import copy
+import math
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from rl_mmdet.replacement import computing_layers, set_step_
 from rl_mmdet.replacement.flops import count_flops
 
 from .images import Data, TrainingImages, normalised
-from .networks import build
+from .networks import AS_CHEAP_AS, build
 
 TEST_BATCH = 1000
 
@@ -31,9 +33,9 @@ class Recipe:
 
     Args:
         device: cpu or cuda.
-        epochs: of a training.
+        epochs: of a training; the arm ``shorter`` has fewer.
         batch: images of a step.
-        width: of the networks; see :data:`~cifar_runs.networks.NETWORKS`.
+        width: of the networks; see :data:`~cifar_runs.networks.NETWORKS`. The arm ``narrower`` has a smaller one.
         k: of the plan: every k-th block is replaced.
         pair_rate: with SGD, the learning rate of the pairs (a, b) over that of all else. SGD's rate fits weights; a
             pair multiplies thousands of them, and its gradient is a sum over all.
@@ -55,9 +57,9 @@ def train(run: Run, recipe: Recipe, data: Data, deadline: float) -> dict[str, An
         deadline: by :func:`time.time`; a training that will not be ready by then stops as soon as this is seen.
 
     Returns:
-        A row of the results: the run, ``accuracy`` and ``loss`` at the end, ``parameters`` that learn, ``flops`` of an
-        image forward and backward, the ``replaced`` blocks, ``seconds`` of each epoch, and ``peak``, the bytes of the
-        GPU that were allocated at the peak of the last epoch beyond the images, None on a CPU.
+        A row of the results: the run, its ``epochs``, ``accuracy`` and ``loss`` at the end, ``parameters`` that learn,
+        ``flops`` of an image forward and backward, the ``replaced`` blocks, ``seconds`` of each epoch, and ``peak``,
+        the bytes of the GPU that were allocated at the peak of the last epoch beyond the images, None on a CPU.
 
     Raises:
         TimeoutError: it will not be ready by the deadline.
@@ -67,27 +69,30 @@ def train(run: Run, recipe: Recipe, data: Data, deadline: float) -> dict[str, An
         torch.backends.cudnn.benchmark = True
     images = TrainingImages(data, recipe.batch, recipe.device, run.seed)
     there = torch.cuda.memory_allocated() if recipe.device == 'cuda' else 0
-    model, replaced = build(run.network, run.arm, run.seed, recipe.width, recipe.k)
-    flops = flops_of_an_image(model)
+    model, replaced = build(run.network, run.arm, run.seed, _width(run, recipe), recipe.k)
+    flops, steps = flops_of_an_image(model), recipe.epochs * len(images)
+    if run.arm == 'shorter':
+        steps = max(1, round(steps * _flops(run, recipe, AS_CHEAP_AS[run.arm]) / flops))
     model.to(recipe.device, memory_format=torch.channels_last)
-    step = Step(model, recipe, recipe.epochs * len(images))
+    step = Step(model, recipe, steps)
     seconds: list[float] = []
     begun: list[float] = []
-    for epoch in range(recipe.epochs):
+    epochs = math.ceil(steps / len(images))
+    for epoch in range(epochs):
         begun.append(time.time())
-        _check_time(begun, recipe.epochs, deadline)
+        _check_time(begun, epochs, deadline)
         if recipe.device == 'cuda':
             torch.cuda.reset_peak_memory_stats()
         begin = _clock(recipe.device)
-        losses = [step(*batch, deadline) for batch in images]
+        losses = [step(*batch, deadline) for batch in islice(images, steps - step.steps)]
         loss = torch.stack(losses).mean().item()
         seconds.append(_clock(recipe.device) - begin)
         if not loss < float('inf'):
             raise ArithmeticError(f'the loss of epoch {epoch + 1} is {loss}')
     peak = torch.cuda.max_memory_allocated() - there if recipe.device == 'cuda' else None
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return dict(asdict(run), accuracy=accuracy(step, data, recipe.device), loss=loss, parameters=learning, flops=flops,
-                replaced=replaced, seconds=seconds, peak=peak)
+    return dict(asdict(run), epochs=steps / len(images), accuracy=accuracy(step, data, recipe.device), loss=loss,
+                parameters=learning, flops=flops, replaced=replaced, seconds=seconds, peak=peak)
 
 
 class Step:
@@ -165,6 +170,19 @@ def flops_of_an_image(model: nn.Module) -> float:
     learning = count(0)
     between = count(1) if every > 1 else 0
     return (learning + (every - 1) * between) / every / len(images)
+
+
+def _width(run: Run, recipe: Recipe) -> int:
+    """Of the network: the recipe's, or one whose cost comes nearest to that of another arm."""
+    if run.arm != 'narrower':
+        return recipe.width
+    wanted = _flops(run, recipe, AS_CHEAP_AS[run.arm])
+    return min(range(1, recipe.width + 1), key=lambda width: abs(_flops(run, recipe, 'baseline', width) - wanted))
+
+
+def _flops(run: Run, recipe: Recipe, arm: str, width: int | None = None) -> float:
+    """Of an image forward and backward, in the run's network with another arm."""
+    return flops_of_an_image(build(run.network, arm, run.seed, width or recipe.width, recipe.k)[0])
 
 
 def _check_time(begun: list[float], epochs: int, deadline: float) -> None:

@@ -35,16 +35,28 @@ def test_trains_every_arm_and_writes_page_and_data(run, network, replaced):
     rows = {row['arm']: row for row in read()['rows']}
     assert list(rows) == list(ARMS)
     assert all(0 <= row['accuracy'] <= 1 and len(row['seconds']) == 1 for row in rows.values())
-    assert all(row['replaced'] == (replaced if arm != 'baseline' else []) for arm, row in rows.items())
+    assert all(row['replaced'] == ([] if ARMS[arm] is None else replaced) for arm, row in rows.items())
     learn = {arm: row['parameters'] for arm, row in rows.items()}
     assert learn['skip'] == learn['shared'] == learn['rl-v1'] - 2 * len(replaced) < learn['rl-v2'] < learn['baseline']
     flops = {arm: row['flops'] for arm, row in rows.items()}
     assert flops['skip'] < flops['rl-v2'] < flops['rl-v2-coupled'] < flops['rl-v1'] < flops['baseline']
     assert flops['rl-v2-every-1'] == flops['rl-v2-coupled']
-    assert flops['baseline'] == flops['shared'] == flops['rl-v1-coupled']
+    assert flops['baseline'] == flops['shared'] == flops['rl-v1-coupled'] == flops['shorter'] > flops['narrower']
     page = Path('new/cifar.md').read_text()
     assert all(f'\n| {arm} | 1 | ' in page for arm in rows)
     assert '| time of an epoch |' in page and 'Not finished' not in page
+
+
+def test_a_shorter_training_costs_what_one_with_blocks_left_out_costs(run):
+    status, _ = run('--models', 'resnet20', '--arms', 'baseline', 'skip', 'shorter', '--train-images', 16, '--batch', 2,
+                    '--epochs', 2)
+    assert status == 0
+    rows = {row['arm']: row for row in read()['rows']}
+    assert rows['skip']['epochs'] == 2 > rows['shorter']['epochs'] == round(8 * rows['shorter']['epochs']) / 8
+    cost = {arm: row['flops'] * row['epochs'] for arm, row in rows.items()}
+    assert cost['shorter'] == pytest.approx(cost['skip'], abs=rows['shorter']['flops'] / 16)
+    costs = [line.split(' | ')[5] for line in Path('new/cifar.md').read_text().splitlines() if line.startswith('| ')]
+    assert costs[0] == 'cost' and float(costs[2]) == 1 > float(costs[3])
 
 
 def test_goes_on_with_what_is_there_and_names_what_is_not_finished(run):
