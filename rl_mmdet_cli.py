@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import runpy
 import sys
 import warnings
@@ -70,20 +71,43 @@ def checkpoint_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--allow-pickle', action='store_true',
                         help='read checkpoints that need code to be unpickled; only from sources you trust')
-    parser.add_argument('--ignore-keys', nargs='+', default=[], metavar='REGEX',
+    parser.add_argument('--ignore-keys', nargs='+', default=[], metavar='REGEX', type=_regex,
                         help='tensors of a checkpoint that may be missing or left over')
     return parser
 
 
 def config_arguments() -> argparse.ArgumentParser:
     """A parent parser: the config, its overrides, and :func:`checkpoint_arguments`."""
-    from mmengine.config import DictAction
     parser = argparse.ArgumentParser(add_help=False, parents=[checkpoint_arguments()])
     parser.add_argument('config', help='config file')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config, e.g. model.backbone.replacement.plan.k=2; '
-                        'data_root=DIR moves the whole config to that data')
+    add_cfg_options(parser, 'override settings of the config, e.g. model.backbone.replacement.plan.k=2; '
+                    'data_root=DIR moves the whole config to that data')
     return parser
+
+
+def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add ``--cfg-options``, as MMEngine reads it."""
+    from mmengine.config import DictAction
+
+    class Settings(DictAction):
+
+        def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
+                     option_string: str | None = None) -> None:
+            for value in values:
+                if '=' not in value:
+                    raise argparse.ArgumentError(self, f'{value!r} isn\'t KEY=VALUE')
+            super().__call__(parser, namespace, values, option_string)
+
+    parser.add_argument('--cfg-options', nargs='+', action=Settings, metavar='KEY=VALUE', help=help)
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is no regular expression ({error}); all that begins with head: '
+                                         '^head') from None
+    return text
 
 
 def run_arguments() -> argparse.ArgumentParser:

@@ -1,4 +1,5 @@
 """The command rl-mmdet, which runs the tools."""
+import argparse
 import os
 import re
 import subprocess
@@ -63,3 +64,14 @@ def test_a_tool_says_nothing_but_its_own_words(tmp_path):
                           capture_output=True, text=True, env=ENVIRONMENT)
     assert (done.returncode, done.stdout) == (1, '')
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith('error: config none.py: ')
+
+
+@pytest.mark.parametrize(('arguments', 'complaint'), [
+    (['--cfg-options', 'a=1', 'load_from'], "argument --cfg-options: 'load_from' isn't KEY=VALUE\n"),
+    (['--ignore-keys', '*head'], "argument --ignore-keys: '*head' is no regular expression (nothing to repeat ")])
+def test_an_option_that_cannot_be_read_is_named(capsys, arguments, complaint):
+    parser = argparse.ArgumentParser(parents=[rl_mmdet_cli.config_arguments()])
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(['config.py', *arguments])
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
+    assert parser.parse_args(['config.py', '--cfg-options', 'a.b=[1,2]']).cfg_options == {'a.b': [1, 2]}

@@ -4,9 +4,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
-
-from rl_mmdet_cli import checkpoint_arguments, start
+from rl_mmdet_cli import add_cfg_options, checkpoint_arguments, start
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,8 +17,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', required=True, help='where everything is written; finished trainings found there '
                         'are reused and unfinished ones resumed')
     parser.add_argument('--seeds', type=int, default=3, help='trainings of each variant (default: %(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='changes of all configs; data_root=DIR moves them to that data')
+    add_cfg_options(parser, 'changes of all configs; data_root=DIR moves them to that data')
     parser.add_argument('--launcher', choices=['none', 'pytorch'], default='none',
                         help='pytorch trains every run by torchrun on this machine')
     parser.add_argument('--processes', type=int, help='how many torchrun starts (default: one for each GPU)')

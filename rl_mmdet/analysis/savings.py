@@ -75,12 +75,14 @@ def savings_table(cfg: Config) -> tuple[Table, list[str]]:
 
 def saving_lines(cfg: Config) -> list[str]:
     """What the config's own settings save, in one line; none where it has none, or where that can't be counted."""
-    settings, (size, batch) = own_settings(cfg), _images_of(cfg)
-    if not settings.get('replacement') and not settings.get('fold_norm'):
-        return []
     try:
+        settings, (size, batch) = own_settings(cfg), _images_of(cfg)
+        if not settings.get('replacement') and not settings.get('fold_norm'):
+            return []
         base, own = (step_cost(cfg, each, size, batch) for each in ({}, settings))
-    except UserError:  # it can't be run alone, or is searched and not known yet
+    except UserError:  # there are two, it can't be run alone, or is searched and not known yet
+        return []
+    if not all(base):  # wholly frozen
         return []
     return [f'the backbone\'s training step, {batch} images of {size[0]}×{size[1]}, over the baseline\'s: parameters '
             f'that learn {own.trainable / base.trainable:.2f}, FLOPs {own.flops / base.flops:.2f}, bytes kept for '
@@ -194,7 +196,7 @@ def _counts(backbone: nn.Module, size: tuple[int, int]) -> tuple[float, int]:
 
 def _beside(own: float, base: float, digits: int) -> str:
     """A number, and in brackets what it is over the baseline's, where it is another one."""
-    return f'{own:.{digits}f}' + (f' (×{own / base:.2f})' if own != base else '')
+    return f'{own:.{digits}f}' + (f' (×{own / base:.2f})' if own != base and base else '')
 
 
 def _text(settings: Mapping[str, Any]) -> str:

@@ -15,9 +15,12 @@ from torch import Tensor
 from ..engine import UserError, read_checkpoint
 from ..engine.files import check_new_file, written_whole
 from ..engine.reading import check_names
+from ..engine.search import FOUND
 from ..models.layouts import state_dict_of
 
-FORMAT = 'rl_mmdet.delta/1'
+FORMAT = 'rl_mmdet.delta/2'
+KEPT = ('dataset_meta', FOUND)
+"""What is kept of a checkpoint's ``meta``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class DeltaInfo:
         numbers: how many numbers the tensors have together.
         base_numbers: how many the base has.
         base_hash, result_hash: :func:`state_hash` of the base's tensors and of the fine-tuned ones.
-        dataset_meta: the classes that the fine-tuned checkpoint names, and the like, or None.
+        meta: what it keeps of the fine-tuned checkpoint's: ``dataset_meta``, the classes and the like, and ``found``,
+            what a search has found.
         bytes: size of the file.
     """
     tensors: dict[str, tuple[int, ...]]
@@ -39,7 +43,7 @@ class DeltaInfo:
     base_numbers: int
     base_hash: str
     result_hash: str
-    dataset_meta: dict[str, Any] | None
+    meta: dict[str, Any]
     bytes: int
 
     def __str__(self) -> str:
@@ -84,7 +88,7 @@ def save_delta(base: str, tuned: str, out: str, allow_pickle: bool = False) -> D
         raise UserError(f'{out}: a delta file is called *.safetensors')
     check_new_file(out)
     before, _ = _read(base, allow_pickle)
-    after, classes = _read(tuned, allow_pickle)
+    after, meta = _read(tuned, allow_pickle)
     if not any(key in before and _same(tensor, before[key]) for key, tensor in after.items()):
         raise UserError(f'{tuned}: no tensor is the same as in {base}: it doesn\'t come from this base, or all was '
                         'trained; then a delta saves nothing')
@@ -92,7 +96,7 @@ def save_delta(base: str, tuned: str, out: str, allow_pickle: bool = False) -> D
                if key not in before or not _same(tensor, before[key])}
     metadata = dict(format=FORMAT, base=state_hash(before), result=state_hash(after),
                     base_numbers=str(sum(tensor.numel() for tensor in before.values())),
-                    removed=json.dumps(sorted(set(before) - set(after))), dataset_meta=json.dumps(classes))
+                    removed=json.dumps(sorted(set(before) - set(after))), meta=_as_json(tuned, meta))
     with written_whole(out) as file:
         save_file({key: tensor.clone() for key, tensor in changed.items()}, file, metadata)
     return delta_info(out)
@@ -122,7 +126,7 @@ def apply_delta(base: str, delta: str, out: str, allow_pickle: bool = False) -> 
     if state_hash(tensors) != info.result_hash:
         raise UserError(f'{delta}: it is damaged: applied to its base it doesn\'t give what it was made from')
     with written_whole(out) as file:
-        torch.save(dict(state_dict=tensors, meta=dict(dataset_meta=info.dataset_meta)), file)
+        torch.save(dict(state_dict=tensors, meta=info.meta), file)
     return info
 
 
@@ -139,26 +143,38 @@ def delta_info(delta: str) -> DeltaInfo:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
     try:
-        removed, classes = json.loads(metadata['removed']), json.loads(metadata['dataset_meta'])
+        removed, meta = json.loads(metadata['removed']), json.loads(metadata['meta'])
         info = DeltaInfo(shapes, removed, numbers, int(metadata['base_numbers']), metadata['base'], metadata['result'],
-                         classes, os.path.getsize(delta))
-        if not (isinstance(removed, list) and isinstance(classes, dict | None) and info.base_numbers > 0
+                         meta, os.path.getsize(delta))
+        if not (isinstance(removed, list) and set(meta) <= set(KEPT) and info.base_numbers > 0
+                and all(isinstance(each, dict) for each in meta.values())
                 and all(re.fullmatch('[0-9a-f]{64}', each) for each in (info.base_hash, info.result_hash))):
             raise ValueError
-    except (KeyError, ValueError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{delta}: it is damaged: its metadata aren\'t those of a delta file') from None
     check_names(delta, [*shapes, *removed])
     return info
 
 
-def _read(path: str, allow_pickle: bool) -> tuple[dict[str, Tensor], Any]:
-    """A checkpoint's tensors, and its dataset's classes if it has them."""
+def _read(path: str, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint's tensors, and what a delta keeps of its ``meta``."""
     checkpoint = read_checkpoint(path, allow_pickle)
     tensors = state_dict_of(checkpoint)
     if not tensors:
         raise UserError(f'{path}: holds no tensor')
     meta = checkpoint.get('meta')
-    return tensors, meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+    return tensors, {key: meta[key] for key in KEPT if isinstance(meta, Mapping) and meta.get(key) is not None}
+
+
+def _as_json(path: str, meta: dict[str, Any]) -> str:
+    """Text of a checkpoint's ``meta``, with lists for arrays and sets."""
+    def listed(value: Any) -> list:
+        return value.tolist() if hasattr(value, 'tolist') else sorted(value)
+    try:
+        return json.dumps(meta, default=listed)
+    except TypeError as error:
+        raise UserError(f'{path}: a delta can\'t keep its meta ({error}); take out what is no number, text, list or '
+                        'dict') from None
 
 
 def _opened(path: str) -> Any:

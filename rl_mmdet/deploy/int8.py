@@ -31,7 +31,8 @@ class Int8(NamedTuple):
     Args:
         calibrated: val images from which the ranges of the activations were taken.
         images: val images on which AP was measured.
-        before: what the config's evaluator says of the float detector, e.g. ``{'coco/bbox_mAP': 0.4}``.
+        before: what the config's evaluator says of the float detector, e.g. ``{'coco/bbox_mAP': 0.4}``; nothing where
+            it detects nothing.
         after: the same with the int8 graph as backbone and neck.
         size: sizes of the files in bytes, float and int8.
         ratios: time that the int8 graph takes for an image, over the float graph's, in each round.
@@ -45,7 +46,8 @@ class Int8(NamedTuple):
 
     def describe(self) -> str:
         """One line for the user."""
-        scores = ', '.join(f'{name} {self.before[name]:.3f} → {self.after[name]:.3f}' for name in self.before)
+        scores = ', '.join(f'{name} {self.before.get(name, 0):.3f} → {self.after.get(name, 0):.3f}'
+                           for name in dict.fromkeys([*self.before, *self.after])) or 'nothing is detected'
         old, new = (size / 1e6 for size in self.size)
         return (f'int8, calibrated on {self.calibrated} val images; on {self.images}: {scores}; '
                 f'{old:.1f} MB → {new:.1f} MB; time for an image over the float graph\'s, both on this CPU: '

@@ -1,6 +1,6 @@
 """A replaced detector's checkpoint as an ordinary baseline checkpoint."""
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -72,11 +72,12 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, *, ignore_keys
     detector = plain_detector(cfg, checkpoint, ignore_keys=ignore_keys, allow_pickle=allow_pickle)
     if not detector.layers:
         raise UserError(f'{checkpoint}: it is an ordinary checkpoint already')
-    classes = read_checkpoint(checkpoint, allow_pickle).get('meta', {}).get('dataset_meta')
+    meta = read_checkpoint(checkpoint, allow_pickle).get('meta')
+    classes = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
     weights = detector.model.state_dict()
     text = detector.cfg.pretty_text
     with written_whole(out) as file:
-        torch.save(dict(state_dict=weights, meta=dict(cfg=text, dataset_meta=classes)), file)
+        torch.save(dict(state_dict=weights, meta=dict(cfg=text) | ({'dataset_meta': classes} if classes else {})), file)
     write_text(config, text)
     light = {type(layer.operator).__name__ for layer in detector.layers.values()
              if not isinstance(layer.operator, FullBlock)}

@@ -58,3 +58,10 @@ def test_a_configs_own_settings_are_compared_too_and_logged_in_one_line():
     assert line.startswith("the backbone's training step, 3 images of 96×224, over the baseline's: parameters that "
                            'learn 0.')
     assert saving_lines(config(RESNET)) == []
+
+
+@pytest.mark.parametrize('cfg', [
+    Config(dict(model=dict(type='SoftTeacher', detector=dict(type='FasterRCNN', backbone=RESNET)))),
+    config(dict(RESNET, type='RLResNet', frozen_stages=4, fold_norm=True))], ids=['teacher and student', 'frozen'])
+def test_nothing_is_logged_of_what_cannot_be_counted(cfg):
+    assert saving_lines(cfg) == []

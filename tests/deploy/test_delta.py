@@ -1,4 +1,6 @@
 """Delta files: what was changed and nothing else, exact, and only for their own base."""
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,7 +21,8 @@ def files(tmp_path):
     tuned['half'] = torch.randn(3, 2).bfloat16()
     del tuned['2.bias']
     torch.save(dict(state_dict=model, optimizer=dict(step=3)), tmp_path / 'base.pth')
-    torch.save(dict(state_dict=tuned, meta=dict(dataset_meta=dict(classes=('a', 'b')))), tmp_path / 'tuned.pth')
+    torch.save(dict(state_dict=tuned, meta=dict(
+        dataset_meta=dict(classes=('a', 'b')), found=dict(type='Tensors'))), tmp_path / 'tuned.pth')
     return {name: str(tmp_path / name) for name in ('base.pth', 'tuned.pth', 'delta.safetensors', 'out.pth')}
 
 
@@ -51,7 +54,26 @@ def test_applied_it_gives_the_same_checkpoint_bit_for_bit(files, delta, assert_s
     apply_delta(files['base.pth'], files['delta.safetensors'], files['out.pth'])
     found, wanted = (torch.load(files[name], weights_only=True) for name in ('out.pth', 'tuned.pth'))
     assert_same_state(dict(sorted(found['state_dict'].items())), dict(sorted(wanted['state_dict'].items())))
-    assert found['meta']['dataset_meta'] == dict(classes=['a', 'b'])
+    assert found['meta'] == dict(dataset_meta=dict(classes=['a', 'b']), found=dict(type='Tensors'))
+
+
+def test_of_meta_it_keeps_what_can_be_written_down_and_no_more(tmp_path):
+    base, tuned, delta, out = (str(tmp_path / name) for name in ('base.pth', 'tuned.pth', 'd.safetensors', 'out.pth'))
+
+    def applied(**meta):
+        for path, value in ((base, 0.), (tuned, 1.)):
+            torch.save(dict(state_dict=dict(a=torch.ones(2), b=torch.tensor(value)), meta=meta), path)
+        for path in (delta, out):
+            Path(path).unlink(missing_ok=True)
+        save_delta(base, tuned, delta)
+        apply_delta(base, delta, out)
+        return torch.load(out, weights_only=True)['meta']
+
+    assert applied(dataset_meta=None, cfg='model = 1') == {}
+    kept = applied(dataset_meta=dict(ids={2, 1}, mean=torch.ones(2)))
+    assert kept == dict(dataset_meta=dict(ids=[1, 2], mean=[1, 1]))
+    with pytest.raises(UserError, match=r"tuned\.pth: a delta can't keep its meta"):
+        applied(dataset_meta=dict(device=torch.device('cpu')))
 
 
 def test_another_base_is_refused_but_not_the_same_one_in_another_file(files, delta, tmp_path):
@@ -103,9 +125,10 @@ def test_what_is_no_delta_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('change', [
-    {each: None} for each in ('base', 'result', 'base_numbers', 'removed', 'dataset_meta')] + [
+    {each: None} for each in ('base', 'result', 'base_numbers', 'removed', 'meta')] + [
     dict(base='0' * 63), dict(result='\x1b[31m'), dict(base_numbers='0'), dict(base_numbers='many'), dict(removed='3'),
-    dict(removed='["a", 1, {"b": 2}'), dict(removed='[' * 9999), dict(dataset_meta='["a"'), dict(dataset_meta='3'),
+    dict(removed='["a", 1, {"b": 2}'), dict(removed='[' * 9999), dict(meta='["a"'), dict(meta='3'),
+    dict(meta='{"cfg": {}}'), dict(meta='{"found": 3}'),
     dict(removed='["\\u001b[31m"]')])
 def test_metadata_that_no_delta_has_are_one_line(files, delta, change):
     with safe_open(files['delta.safetensors'], 'pt') as file:

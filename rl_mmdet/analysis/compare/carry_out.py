@@ -8,11 +8,11 @@ from rich.console import Console
 from tqdm import tqdm
 
 from ...engine import UserError
-from .comparison import Comparison
+from .comparison import Comparison, only_one
 from .contents import Contents, collect
 from .costs import measure
-from .report import write_report
-from .runs import Tools, only_one, train_all
+from .report import check_report_folder, write_report
+from .runs import Tools, train_all
 from .tables import rich_table, tables
 from .verdict import verdict
 
@@ -43,6 +43,7 @@ def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool
         with tqdm.external_write_mode():
             console.print(f'{time.monotonic() - start:6.0f} s  {line}', markup=False)
 
+    check_report_folder(report)
     try:
         with only_one(comparison.folder):
             if train:

@@ -1,9 +1,11 @@
 """What is compared: a baseline and its variants, each a resolved config, in one folder that belongs to them."""
 import argparse
+import contextlib
 import copy
+import fcntl
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,6 +133,9 @@ def plan_comparison(folder: Path, configs: Sequence[str],
         raise UserError('there is nothing to compare with the baseline: give config files of variants or --variant')
     cfgs = {name: _load(variant) for name, variant in found.items()}
     record = _read_record(folder)
+    if (folder / '.lock').is_file():
+        with only_one(folder):  # else what is at work there would go on with this call's variants
+            pass
     _check_folder(folder, record, cfgs)
     check_same_question(cfgs)
     for cfg in cfgs.values():
@@ -154,6 +159,21 @@ def plan_comparison(folder: Path, configs: Sequence[str],
                    commands=list(dict.fromkeys(record.get('commands', []) + [command] * bool(command))))
     write_text(folder / 'comparison.json', json.dumps(content, indent=2))
     return Comparison(folder)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep the folder of a comparison for this process.
+
+    Raises:
+        UserError: another process works in it.
+    """
+    with (folder / '.lock').open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f'--work-dir {folder}: another comparison is at work in it; wait for its end') from None
+        yield
 
 
 def val_dataset(cfg: Config) -> Dataset:
@@ -209,6 +229,9 @@ def _load(variant: Variant) -> Config:
         raise UserError(f'{variant.name}: {error}') from error
     if uses_replacement(cfg):
         add_import_(cfg)
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
+    if isinstance(hook, Mapping):
+        hook.pop('out_dir', None)  # there all variants would go on from each other's checkpoints
     return cfg
 
 

@@ -13,7 +13,7 @@ from .coco_scores import METRICS, Scores
 from .comparison import Comparison, Run, Variant
 from .costs import Cost, environment, read_costs
 from .differences import Difference, Spread, difference, spread
-from .runs import checkpoint_of, resampled_of, scores_of
+from .runs import checkpoint_of, complaint_of, resampled_of, scores_of
 
 FORMAT = 'rl_mmdet.report/3'
 FIELDS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')
@@ -140,7 +140,7 @@ def _last_date(files: Iterable[Path]) -> str:
 
 def _run_result(comparison: Comparison, run: Run) -> RunResult:
     scores, checkpoint = scores_of(run), checkpoint_of(run)
-    complaint = run.folder / 'error.txt'
+    complaint = complaint_of(run)
     error = complaint.read_text(encoding='utf-8').strip() if complaint.is_file() else None
     return RunResult(
         run.variant, run.seed, 'finished' if scores else 'failed' if error else 'unfinished', error, scores or {},

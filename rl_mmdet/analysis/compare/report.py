@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from ...engine import UserError
 from ...engine.files import write_text, written_whole
 from .contents import Contents
 from .plots import curves, pareto
@@ -48,6 +49,23 @@ class Picture:
         return f'data:image/svg+xml;base64,{base64.b64encode(self.file("svg")).decode()}'
 
 
+def check_report_folder(folder: Path) -> None:
+    """Make the folder of a report.
+
+    Raises:
+        UserError: it can't be made, or has a file called as one of the report's that no comparison wrote.
+    """
+    try:
+        (folder / 'figures').mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--report-dir {folder}: {error.strerror.lower()}; give a folder') from None
+    ours = [*(f'report.{kind}' for kind in ('html', 'md')), *(f'figures/{name}.png' for name in FIGURES)]
+    theirs = [name for name in ours if (folder / name).exists()]
+    if theirs and not any((folder / name).is_file() for name in ('report.json', 'comparison.json')):
+        raise UserError(f'--report-dir {folder}: its {theirs[0]} is no comparison\'s (there is no report.json beside '
+                        'it) and would be overwritten; give another folder')
+
+
 def write_report(contents: Contents, folder: Path) -> None:
     """Write the report, in place of an earlier one; every file appears under its name only when it is complete.
 
@@ -57,7 +75,8 @@ def write_report(contents: Contents, folder: Path) -> None:
     """
     pictures = list(_pictures(contents))
     texts = {name: _render(f'{name}.j2', contents, pictures) for name in ('report.html', 'report.md')}
-    (folder / 'figures').mkdir(parents=True, exist_ok=True)
+    check_report_folder(folder)
+    write_text(folder / 'report.json', contents.as_json())  # first: by it the folder is known again
     for name in FIGURES:
         (folder / 'figures' / f'{name}.png').unlink(missing_ok=True)
     for picture in pictures:
@@ -65,7 +84,6 @@ def write_report(contents: Contents, folder: Path) -> None:
             unfinished.write_bytes(picture.file('png'))
     for name, text in texts.items():
         write_text(folder / name, text)
-    write_text(folder / 'report.json', contents.as_json())
 
 
 def _pictures(contents: Contents) -> Iterator[Picture]:

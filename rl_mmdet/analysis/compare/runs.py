@@ -1,7 +1,6 @@
 """The trainings of a comparison, one after the other: trained, run on the val set, scored."""
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -9,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +24,7 @@ from ...engine.files import read_record, write_text
 from .bootstrap import resampled_precision
 from .coco_scores import Scores, score_detections
 from .comparison import Comparison, Run
+from .same_question import coco_evaluator
 
 EPOCH = re.compile(r'Epoch\(train\)\s*\[(\d+)\]\[\s*(\d+)/(\d+)\]')
 ITERATION = re.compile(r'Iter\(train\)\s*\[\s*(\d+)/(\d+)\]')
@@ -70,21 +70,6 @@ class Tools:
                 '--launcher', self.launcher]
 
 
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keep the folder of a comparison for this process.
-
-    Raises:
-        UserError: another process works in it.
-    """
-    with (folder / '.lock').open('w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f'--work-dir {folder}: another comparison is at work in it; wait for its end') from None
-        yield
-
-
 def train_all(comparison: Comparison, tools: Tools, say: Say) -> None:
     """Train and score every run that isn't finished yet, with a bar that shows the time left for all of them.
 
@@ -105,8 +90,11 @@ def train_all(comparison: Comparison, tools: Tools, say: Say) -> None:
     for worker in workers:
         worker.start()
     try:
-        for worker in workers:
+        for first, worker in enumerate(workers):
             worker.join()
+            for run in runs[first::tools.jobs] if worker.exitcode else ():
+                if scores_of(run) is None and not complaint_of(run).is_file():
+                    _complain(run, f'its process ended with status {worker.exitcode}')
     except KeyboardInterrupt:
         for worker in workers:
             if worker.is_alive():
@@ -129,17 +117,27 @@ def _train_some(comparison: Comparison, runs: Sequence[Run], tools: Tools, say: 
               bar_format='{l_bar}{bar}| {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]', disable=not left) as bar:
         for done, run in enumerate(left, 1):
             bar.set_description(str(run))
-            complaint = run.folder / 'error.txt'
-            complaint.unlink(missing_ok=True)
+            complaint_of(run).unlink(missing_ok=True)
             try:
                 scores = _finish(comparison, run, tools, lambda text, run=run: say(f'{run}: {text}'), bar)
-            except UserError as error:
-                write_text(complaint, f'{error}\n')
-                say(f'{run}: FAILED, the others go on: {str(error).splitlines()[-1]}')
+            except Exception as error:
+                text = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
+                _complain(run, text)
+                say(f'{run}: FAILED, the others go on: {text.splitlines()[-1]}')
             else:
                 say(f'{run}: ' + ', '.join(f'{metric} AP {"–" if each.ap is None else f"{each.ap:.3f}"}'
                                            for metric, each in scores.items()))
             bar.n = len(runs) - len(left) + done
+
+
+def complaint_of(run: Run) -> Path:
+    """Where it stands why a run has failed."""
+    return run.folder / 'error.txt'
+
+
+def _complain(run: Run, text: str) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(complaint_of(run), f'{text}\n')
 
 
 def scores_of(run: Run) -> dict[str, Scores] | None:
@@ -205,7 +203,7 @@ def _val_config(comparison: Comparison, run: Run) -> Config:
     cfg = comparison.config(run.variant)
     cfg.test_dataloader = cfg.val_dataloader
     cfg.test_cfg = dict(cfg.get('val_cfg') or {}, type='TestLoop')
-    cfg.test_evaluator = dict(type='mmdet.CocoMetric', ann_file=str(comparison.annotations()), format_only=True,
+    cfg.test_evaluator = dict(coco_evaluator(cfg), type='mmdet.CocoMetric', format_only=True,
                               metric=comparison.metrics(), outfile_prefix=str(run.folder / 'detections'))
     return cfg
 
@@ -233,9 +231,9 @@ def run_process(command: list[str], log: Path, show: Callable[[str], object] = s
     log.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=15)
     process = subprocess.Popen([sys.executable, '-u', *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, preexec_fn=_end_with_parent)
+                               encoding='utf-8', errors='replace', preexec_fn=_end_with_parent)
     try:
-        with log.open('a') as file:
+        with log.open('a', encoding='utf-8') as file:
             for line in process.stdout:
                 file.write(line)
                 file.flush()

@@ -42,7 +42,7 @@ def coco_evaluator(cfg: Config) -> ConfigDict:
     """The CocoMetric among the config's val evaluators.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several.
     """
     if cfg.get('val_dataloader') is None or cfg.get('val_evaluator') is None:
         raise UserError('val_dataloader and val_evaluator are needed: without a val set there is no AP to compare')
@@ -50,6 +50,8 @@ def coco_evaluator(cfg: Config) -> ConfigDict:
     found = [each for each in evaluators if type_name(each) == 'CocoMetric']
     if not found:
         raise UserError(f'val_evaluator must be a CocoMetric, got {", ".join(str(e.get("type")) for e in evaluators)}')
+    if len(found) > 1:
+        raise UserError("val_evaluator has several CocoMetrics; give one, such as with metric=['bbox', 'segm']")
     return found[0]
 
 

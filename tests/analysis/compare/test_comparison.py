@@ -76,6 +76,7 @@ def test_a_folder_that_no_comparison_made_is_refused(base, twin, tmp_path, file,
     (dict(variants={'x': {'val_evaluator.ann_file': 'other.json'}}), "another metric .*: ann_file is 'other.json'"),
     (dict(options={'val_evaluator.type': 'VOCMetric'}), 'val_evaluator must be a CocoMetric, got VOCMetric'),
     (dict(options={'val_evaluator.metric': 'proposal'}), "'proposal'; what can be compared: bbox, segm"),
+    (dict(options={'val_evaluator': [dict(type='CocoMetric', ann_file='a')] * 2}), 'has several CocoMetrics; give one'),
     (dict(options={'val_evaluator.ann_file': None}), 'val_evaluator.ann_file is missing'),
     (dict(options={'val_evaluator.iou_thrs': [0.5]}), 'val_evaluator.iou_thrs: COCO AP is compared'),
     (dict(configs=[]), 'no config file is given'),
@@ -85,6 +86,12 @@ def test_what_cannot_be_compared_ends_with_one_line_before_anything_is_written(b
         plan_comparison(tmp_path / 'work', **dict(configs=[f'base={base}'], variants={'skip': SKIP}) | arguments)
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'work').exists()
+
+
+def test_checkpoints_stand_beside_their_run_wherever_the_config_puts_them(base, tmp_path):
+    found = plan_comparison(tmp_path / 'work', [base], {'skip': SKIP},
+                            options={'default_hooks.checkpoint.out_dir': str(tmp_path / 'one_for_all')})
+    assert not any('out_dir' in found.config(each.name).default_hooks.checkpoint for each in found.variants)
 
 
 def test_another_test_pipeline_is_allowed(base, tmp_path):

@@ -15,6 +15,7 @@ from rl_mmdet.analysis.compare.differences import Difference, spread
 from rl_mmdet.analysis.compare.plots import curves, pareto, pareto_front, styles
 from rl_mmdet.analysis.compare.report import escape_markdown, write_report
 from rl_mmdet.analysis.compare.verdict import verdict
+from rl_mmdet.engine import UserError
 
 EVIL = 'a|b <script>alert(1)</script>'
 VOID = {'meta', 'link', 'img', 'br', 'hr', 'input'}
@@ -87,6 +88,17 @@ def written(contents, tmp_path_factory):
         (folder / name).write_text('before')
     write_report(contents, folder)
     return folder
+
+
+@pytest.mark.parametrize('file', ['report.md', 'figures/curves.png'])
+def test_files_of_others_are_not_replaced(contents, tmp_path, file):
+    (tmp_path / 'figures').mkdir()
+    (tmp_path / file).write_text('mine')
+    with pytest.raises(UserError, match=f'its {file} is no comparison'):
+        write_report(contents, tmp_path)
+    assert (tmp_path / file).read_text() == 'mine' and len(list(tmp_path.rglob('*'))) <= 2
+    with pytest.raises(UserError, match=f'--report-dir .*{file}: not a directory; give a folder'):
+        write_report(contents, tmp_path / file)
 
 
 @pytest.fixture(scope='module')

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from rl_mmdet.analysis.compare import Tools, collect
+from rl_mmdet.analysis.compare import Tools, carry_out, collect, plan_comparison, runs
+from rl_mmdet.analysis.compare.comparison import only_one
 from rl_mmdet.analysis.compare.report import write_report
-from rl_mmdet.analysis.compare.runs import checkpoint_of, only_one, scores_of, train_all
+from rl_mmdet.analysis.compare.runs import _val_config, checkpoint_of, run_process, scores_of, train_all
 from rl_mmdet.engine import UserError
+
+SKIP = {'model.backbone.type': 'RLResNet', 'model.backbone.replacement.plan.type': 'EveryKth',
+        'model.backbone.replacement.plan.k': 2, 'model.backbone.replacement.operator.type': 'Skip'}
 
 
 def calls(run):
@@ -64,7 +68,37 @@ def test_trainings_side_by_side_are_all_done_and_a_failing_one_does_not_stop_the
         replace(tools, jobs=0)
 
 
-def test_after_kill_9_no_training_is_left_behind_and_the_next_call_goes_on(comparison, tools, tmp_path):
+def test_a_process_that_dies_is_a_failure_of_its_runs_that_the_report_names(comparison, tools, tmp_path, monkeypatch):
+    work = runs._train_some
+    monkeypatch.setattr(runs, '_train_some', lambda *args: os._exit(9) if args[-1] else work(*args))
+    with pytest.raises(UserError, match=r'2 failed.*twin, seed 0: its process ended with status 9'):
+        carry_out(comparison, replace(tools, jobs=2), tmp_path / 'report', measure_costs=False)
+    assert 'its process ended with status 9' in (tmp_path / 'report' / 'report.md').read_text()
+    assert scores_of(comparison.runs()[0])['bbox'].ap == pytest.approx(1)
+
+
+def test_what_was_not_foreseen_in_a_run_is_its_failure_and_the_others_go_on(comparison, tools, monkeypatch):
+    monkeypatch.setattr(runs, 'score_detections', lambda *_: 1 / 0)
+    train_all(comparison, tools, str)
+    assert [complaint(run) for run in comparison.runs()][:2] == ['ZeroDivisionError: division by zero\n'] * 2
+
+
+def test_output_that_is_not_utf_8_is_shown_as_far_as_it_is(tmp_path):
+    lines = []
+    run_process(['-c', 'import os; os.write(1, b"caf\\xe9\\n"); print("trained")'], tmp_path / 'log', lines.append)
+    assert lines == ['caf\ufffd\n', 'trained\n'] and (tmp_path / 'log').read_text(encoding='utf-8') == ''.join(lines)
+
+
+def test_the_val_set_is_run_with_the_evaluators_own_settings(tiny_config, tmp_path):
+    options = {'val_evaluator.sort_categories': True, 'val_evaluator.proposal_nums': (1, 10, 100)}
+    comparison = plan_comparison(tmp_path / 'work', [tiny_config('atss_r34_fpn_digits.py')], {'skip': SKIP}, 1, options)
+    evaluator = _val_config(comparison, comparison.runs()[1]).test_evaluator
+    assert evaluator.sort_categories is True and evaluator.proposal_nums == (1, 10, 100)
+    assert evaluator.format_only is True and evaluator.metric == ['bbox']
+
+
+def test_after_kill_9_no_training_is_left_behind_and_the_next_call_goes_on(
+        comparison, tools, tiny_config, tmp_path):
     script = tmp_path / 'call.py'
     script.write_text('from pathlib import Path\nfrom rl_mmdet.analysis.compare import Comparison, Tools, carry_out\n'
                       f'folder = Path({str(comparison.folder)!r})\n'
@@ -75,6 +109,10 @@ def test_after_kill_9_no_training_is_left_behind_and_the_next_call_goes_on(compa
     wait_for(lambda: (first.folder / 'calls.txt').is_file() or process.poll() is not None)
     with pytest.raises(UserError, match='another comparison is at work in it'), only_one(comparison.folder):
         pass
+    before = (comparison.folder / 'comparison.json').read_text()
+    with pytest.raises(UserError, match='another comparison is at work in it'):
+        plan_comparison(comparison.folder, [f'base={tiny_config("atss_r34_fpn_digits.py")}'], {'more': SKIP})
+    assert (comparison.folder / 'comparison.json').read_text() == before
     trainings = [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.wait()
