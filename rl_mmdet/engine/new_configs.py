@@ -147,8 +147,12 @@ def _set_data_(cfg: Config, data: Sequence[_Coco], root: str) -> None:
     (first,), classes = _datasets(cfg, 'train'), data[0].classes
     before = len((first.get('metainfo') or CocoDataset.METAINFO)['classes'])
     for node in nested_dicts(cfg.model):
-        if node.get('num_classes') == before:
-            node['num_classes'] = len(classes)
+        for key in ('num_classes', 'num_things_classes'):
+            if node.get(key) == before:
+                node[key] = len(classes)
+        weights = node.get('class_weight')
+        if isinstance(weights, Sequence) and len(weights) == before + 1:  # the last one is of what is no object
+            node['class_weight'] = [*weights[:1] * len(classes), weights[-1]]
     cfg.data_root = root
     for phase, coco in zip(('train', 'val', 'test'), (*data, data[1]), strict=True):
         (dataset,), file = _datasets(cfg, phase), osp.relpath(coco.path, root)

@@ -78,6 +78,17 @@ def test_every_head_gets_the_classes_and_another_backbone_its_replacement(write,
     assert model.backbone.replacement_report.replaced
 
 
+def test_a_head_that_weighs_its_classes_gets_as_many_weights(write):
+    data = coco(4)
+    for each in data['annotations']:
+        each['segmentation'] = [[8, 8, 38, 8, 38, 38]]
+    new = write_new_configs('mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', write('train', data),
+                            write('val', data))
+    model = load_config(new.baseline).model
+    assert model.panoptic_head.num_things_classes == model.panoptic_fusion_head.num_things_classes == 2
+    assert model.panoptic_head.loss_cls.class_weight == [1, 1, .1]
+
+
 @pytest.mark.parametrize(('train', 'val', 'options', 'complaint'), [
     (coco(4), coco(4, ['dog', 'cat']), {}, 'both need the same categories in the same order'),
     ('{"images": [', coco(4), {}, '--coco: .*train.json: truncated, or not a JSON file'),

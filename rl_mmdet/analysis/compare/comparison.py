@@ -5,7 +5,7 @@ import copy
 import fcntl
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ from ...engine.preflight import prepare_files
 from .same_question import check_same_question, coco_evaluator, differing, metrics_of
 
 FORMAT = 'rl_mmdet.comparison/1'
+LOCK = '.lock'
+"""File that the process at work in a comparison's folder holds."""
 RECORD = {'variants', 'seeds', 'commands', 'classes'}
 """What the record of a comparison has."""
 
@@ -133,20 +135,17 @@ def plan_comparison(folder: Path, configs: Sequence[str],
         raise UserError('there is nothing to compare with the baseline: give config files of variants or --variant')
     cfgs = {name: _load(variant) for name, variant in found.items()}
     record = _read_record(folder)
-    if (folder / '.lock').is_file():
+    if (folder / LOCK).is_file():
         with only_one(folder):  # else what is at work there would go on with this call's variants
             pass
     _check_folder(folder, record, cfgs)
     check_same_question(cfgs)
     for cfg in cfgs.values():
         cfg.work_dir = str(folder)
-    for check in (lambda cfg: inspect_training(cfg, ignore_keys=ignore_keys, allow_pickle=allow_pickle),
-                  lambda cfg: prepare_files(cfg, 'train', 'val')):  # which makes the folder
-        for name, cfg in cfgs.items():
-            try:
-                check(copy.deepcopy(cfg))  # building a model changes its config
-            except UserError as error:
-                raise UserError(f'{name}: {error}') from error
+    _check_each(cfgs, lambda cfg: inspect_training(cfg, ignore_keys=ignore_keys, allow_pickle=allow_pickle))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOCK).touch()  # the mark of a comparison's folder, if this is ended while data are made in it
+    _check_each(cfgs, lambda cfg: prepare_files(cfg, 'train', 'val'))
     for name, cfg in cfgs.items():
         path = _config_file(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +167,7 @@ def only_one(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process works in it.
     """
-    with (folder / '.lock').open('w') as file:
+    with (folder / LOCK).open('w') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -235,10 +234,19 @@ def _load(variant: Variant) -> Config:
     return cfg
 
 
+def _check_each(cfgs: Mapping[str, Config], check: Callable[[Config], object]) -> None:
+    """Check a copy of every config: building a model changes its config."""
+    for name, cfg in cfgs.items():
+        try:
+            check(copy.deepcopy(cfg))
+        except UserError as error:
+            raise UserError(f'{name}: {error}') from error
+
+
 def _check_folder(folder: Path, record: Mapping[str, Any], cfgs: Mapping[str, Config]) -> None:
     """Raise a UserError if the folder is another comparison's or has other files in it."""
     if not record:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK).is_file():
             raise UserError(f'--work-dir {folder}: it has files in it that no comparison made; give another folder')
         return
     first = record['variants'][0]['name']

@@ -88,6 +88,16 @@ def test_what_cannot_be_compared_ends_with_one_line_before_anything_is_written(b
     assert not (tmp_path / 'work').exists()
 
 
+def test_a_call_that_ended_while_data_were_made_can_be_given_again(base, tmp_path, monkeypatch):
+    def ended(cfg, *_):
+        (Path(cfg.work_dir) / 'digits').mkdir()
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr('rl_mmdet.analysis.compare.comparison.prepare_files', ended)
+        plan_comparison(tmp_path / 'work', [base], {'skip': SKIP})
+    assert len(plan_comparison(tmp_path / 'work', [base], {'skip': SKIP}).variants) == 2
+
+
 def test_checkpoints_stand_beside_their_run_wherever_the_config_puts_them(base, tmp_path):
     found = plan_comparison(tmp_path / 'work', [base], {'skip': SKIP},
                             options={'default_hooks.checkpoint.out_dir': str(tmp_path / 'one_for_all')})
