@@ -1,4 +1,5 @@
 """MMEngine's side of Replacement Learning: configs and their checks, checkpoints, hooks, optimizers."""
+from .averages import average_exactly_
 from .checkpoint import load_checkpoint_
 from .config import add_import_, add_rl_defaults_, load_config
 from .errors import NonFiniteLossError, UserError
@@ -19,6 +20,8 @@ from .preflight import build_model, check_testing, check_training, inspect_train
 from .reading import read_checkpoint, safe_reading
 from .resume import begin_or_resume_, checkpoints_in
 from .search import take_found_
+
+average_exactly_()
 
 __all__ = [
     'FiniteLossHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
