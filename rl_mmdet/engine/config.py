@@ -94,7 +94,10 @@ def add_rl_defaults_(cfg: Config) -> Config:
         constructor = wrapper and CONSTRUCTORS.get(type_name(wrapper.get('constructor')))
         if constructor:
             wrapper.constructor = constructor
-    checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    default = cfg.get('default_hooks') or {}
+    if 'checkpoint' not in default:
+        cfg.default_hooks = ConfigDict(default, checkpoint=dict(type='CheckpointHook', interval=1))  # MMEngine's own
+    checkpoint = cfg.default_hooks.get('checkpoint') or {}
     if type_name(checkpoint) == 'CheckpointHook':
         checkpoint.type = 'WholeCheckpointHook'
     present = {type_name(hook) for hook in hooks if isinstance(hook, Mapping)}

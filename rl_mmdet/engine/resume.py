@@ -75,8 +75,9 @@ def own_checkpoints(cfg: Config) -> list[Path]:
 def checkpoints_in(work_dir: str | Path, *more: str | Path) -> list[Path]:
     """The checkpoints that a training has saved in its work dir and in more folders, newest first, without best ones.
 
-    Of several with the same kind of name the higher number is newer, also where a copied folder has new times. Where
-    there are none, it is the one that ``last_checkpoint`` names.
+    Of several with the same kind of name the higher number is newer, also where a copied folder has new times; but what
+    is older than the one that ``last_checkpoint`` names is from before somebody went back, and comes last. Where there
+    are none, it is the one that is named.
     """
     marker = Path(work_dir, LAST)
     named = Path(marker.read_text().strip()) if marker.is_file() else Path()
@@ -85,8 +86,14 @@ def checkpoints_in(work_dir: str | Path, *more: str | Path) -> list[Path]:
     for path in (each for folder in (work_dir, *more) for each in Path(folder).glob('*')):
         if _kind(path.name) in kinds:
             series[_kind(path.name)].append((int(''.join(re.findall(r'\d+', path.name)[-1:]) or 0), path))
-    ordered = sorted(series.values(), key=lambda each: max(path.stat().st_mtime for _, path in each), reverse=True)
-    return [path for each in ordered for _, path in sorted(each, reverse=True)] or [named] * named.is_file()
+    times = {path: path.stat().st_mtime for each in series.values() for _, path in each}
+    ordered = sorted(series.values(), key=lambda each: max(times[path] for _, path in each), reverse=True)
+    last = next(((number, path) for each in ordered for number, path in each if path.name == named.name), None)
+
+    def place(entry: tuple[int, Path]) -> tuple[bool, int]:
+        left = last and _kind(entry[1].name) == _kind(last[1].name) and entry[0] > last[0]
+        return not (left and times[entry[1]] < times[last[1]]), entry[0]
+    return [path for each in ordered for _, path in sorted(each, key=place, reverse=True)] or [named] * named.is_file()
 
 
 def _kind(name: str) -> str:

@@ -212,7 +212,8 @@ def _begin_run(root: nn.Module, _: Any) -> None:
     kinds: dict[tuple, list[tuple[FoldingConv2d, Pair]]] = {}
     sizes: dict[tuple, int] = {}
     for conv in _convolutions(root):
-        pair = None if outer is not None and conv in outer.batches else conv.pair()
+        inherited = outer is not None and outer.checkpoint == activation_checkpoint() and conv in outer.batches
+        pair = None if inherited else conv.pair()  # a checkpoint's second run has no outer one
         if pair is None or pair.frozen:
             continue
         kind, size = pair.kind, pair.weight.numel()

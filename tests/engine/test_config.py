@@ -73,6 +73,14 @@ def test_defaults_are_added_once_to_what_needs_them(replacement, given, hooks, c
         assert cfg.default_hooks.checkpoint == dict(type='WholeCheckpointHook', interval=2)
 
 
+@pytest.mark.parametrize(('hooks', 'checkpoint'), [
+    (None, dict(type='WholeCheckpointHook', interval=1)), (dict(checkpoint=None), None),
+    (dict(logger=dict(type='LoggerHook')), dict(type='WholeCheckpointHook', interval=1))])
+def test_a_training_without_a_word_about_checkpoints_has_whole_ones(hooks, checkpoint):
+    cfg = add_rl_defaults_(Config(dict(model=dict()) | (dict(default_hooks=hooks) if hooks else {})))
+    assert cfg.default_hooks.checkpoint == checkpoint
+
+
 @pytest.mark.parametrize('prefix', ['mmdet.', 'rl_mmdet.engine.hooks.'])
 def test_a_hook_that_is_named_with_its_scope_or_module_is_there(prefix):
     cfg = Config(dict(model=dict(), custom_hooks=[dict(type=f'{prefix}FiniteLossHook')]))

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import LinearLR, OptimWrapper
 from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
 from rl_mmdet.engine import ResumeHook, UserError, begin_or_resume_, checkpoints_in
@@ -154,6 +155,21 @@ def test_the_newest_checkpoint_is_found_whatever_became_of_its_marker(work, tmp_
     assert resumed(work)[0].load_from == str(work / 'epoch_3.pth')
     shutil.copy(work / 'epoch_1.pth', work / 'interrupted.pth')
     assert resumed(work)[0].load_from == str(work / 'interrupted.pth')
+
+
+def test_who_has_gone_back_goes_on_from_there(work):
+    for number, time in ((1, 10), (2, 40), (3, 30)):  # saved 1 to 3, went back to 1, saved 2 again
+        os.utime(work / f'epoch_{number}.pth', (time, time))
+    assert resumed(work)[0].load_from == str(work / 'epoch_3.pth')
+    (work / 'last_checkpoint').write_text('elsewhere/epoch_2.pth')
+    assert [path.name for path in checkpoints_in(work)] == ['epoch_2.pth', 'epoch_1.pth', 'epoch_3.pth']
+
+
+def test_with_workers_an_iteration_based_training_counts_its_own_passes_over_the_data():
+    hook, runner = ResumeHook(), SimpleNamespace(epoch=0, train_loop=object.__new__(IterBasedTrainLoop))
+    hook.batches = SimpleNamespace(epoch=3)
+    hook.before_train_epoch(runner)
+    assert hook.batches.epoch == 3
 
 
 def test_folders_with_a_number_for_a_name_are_no_checkpoints(tmp_path):

@@ -30,6 +30,19 @@ def build(cases, randomise_, in_mode) -> Callable[..., nn.Module]:
     return make
 
 
+@pytest.mark.parametrize('settings', [dict(gradient=dict(recompute=True)), dict(with_cp=True)], ids=str)
+def test_blocks_of_which_a_part_is_replaced_are_run_again_with_the_same_gradients(randomise_, settings):
+    replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type='FullBlock', only='conv2'))
+    found, image = [], torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    for fold, with_cp in ((False, False), (True, settings.get('with_cp', False))):
+        gradient = dict(every=1, **settings.get('gradient', {})) if fold else dict(every=1)
+        model = randomise_(RLResNet(**TINY, norm_eval=True, fold_norm=fold, with_cp=with_cp,
+                                    replacement=dict(replacement, gradient=gradient))).double()
+        model.train()  # mmdet's returns None
+        found.append(results(model, image))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def results(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """Outputs, and the gradient of everything that has one."""
     image = image.clone().requires_grad_()

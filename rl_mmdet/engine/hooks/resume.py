@@ -58,7 +58,7 @@ class ResumeHook(Hook):
             self.batches.skip = self.place
 
     def before_train_epoch(self, runner: Runner) -> None:
-        if self.batches is not None:
+        if self.batches is not None and not isinstance(runner.train_loop, IterBasedTrainLoop):
             self.batches.epoch = runner.epoch
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:

@@ -83,7 +83,11 @@ class SmallData:
         nodes = [node for node in nested_dicts(dataset) if node.get('ann_file') or _is_digit_scenes(node)]
         known = [self._small_scenes_(node) if _is_digit_scenes(node) else self._small_file_(node, setting)
                  for node in nodes]
-        return bool(known) and all(known)
+        if not known or not all(known):
+            return False
+        for node in nodes:
+            node.pop('indices', None)  # which count in the whole files
+        return True
 
     def small_evaluator_(self, evaluator: Any) -> None:
         """Let an evaluator use the copies that have been made, in place."""
@@ -131,6 +135,12 @@ class Lengthened(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index % len(self.dataset)]
+
+    def get_cat_ids(self, index: int) -> list[int]:
+        return self.dataset.get_cat_ids(index % len(self.dataset))
+
+    def get_data_info(self, index: int) -> dict:
+        return self.dataset.get_data_info(index % len(self.dataset))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith('__') or name == 'dataset':

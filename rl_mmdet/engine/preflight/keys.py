@@ -23,7 +23,7 @@ OF_MMDET_2 = {
     'total_epochs': 'train_cfg=dict(max_epochs=...)', 'data': 'train_dataloader, val_dataloader and test_dataloader',
     'checkpoint_config': 'default_hooks=dict(checkpoint=...)', 'log_config': 'default_hooks=dict(logger=...)',
     'evaluation': 'val_evaluator and train_cfg=dict(val_interval=...)',
-    'fp16': "optim_wrapper=dict(type='AmpOptimWrapper')"}
+    'fp16': "optim_wrapper=dict(type='AmpOptimWrapper')", 'resume_from': "load_from='...' and resume=True"}
 """Top-level settings of MMDetection 2, and what to write today."""
 COUNTS = ('train_cfg.max_epochs', 'train_cfg.max_iters', 'train_cfg.val_interval', 'train_dataloader.batch_size',
           'val_dataloader.batch_size', 'test_dataloader.batch_size', 'auto_scale_lr.base_batch_size',

@@ -71,7 +71,7 @@ def check_distributed(cfg: Config, model: nn.Module) -> None:
         raise UserError(f'sync_bn={cfg.sync_bn!r}: it would drop the activations inside timm\'s norms, such as '
                         f'{norms_with_more(model)[0]}; leave it out')
     coupled = [name for name, layer in computing_layers(model).items()
-               if layer.checkpointed and layer.gradient.mode == 'coupled']
+               if layer.with_cp and layer.gradient.mode == 'coupled']
     wrapper = cfg.get('model_wrapper_cfg') or {}
     if several and coupled and not wrapper.get('static_graph'):
         raise UserError("replacement.gradient mode 'coupled' with with_cp=True on several GPUs needs a static graph: "

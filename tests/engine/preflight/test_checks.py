@@ -135,6 +135,13 @@ def test_coupled_checkpointed_blocks_on_several_gpus_need_a_static_graph(tiny):
         inspect_training(tiny(text, launcher='pytorch'))
     text += "model_wrapper_cfg = dict(type='MMDistributedDataParallel', static_graph=True)"
     inspect_training(tiny(text, launcher='pytorch'))
+    inspect_training(tiny(backbone("replacement=dict(gradient=dict(mode='coupled', recompute=True))"),
+                          launcher='pytorch'))
+
+
+def test_data_chosen_by_number_or_by_class_are_taken(tiny):
+    check_training(tiny("train_dataloader.update(dataset=dict(indices=[4, 2, 5]), sampler=dict("
+                        "_delete_=True, type='ClassAwareSampler', num_sample_class=1))"))
 
 
 @pytest.mark.parametrize('setting', [

@@ -23,6 +23,7 @@ MISTAKES = {
     'backbone at the top': (dict(backbone=dict(depth=18)), 'backbone: nobody reads it here; write model='),
     'custom key misspelt': ({'optim_wrapper.paramwise_cfg': dict(custom_keys={'backbone': dict(lr_mul=.1)})},
                             "paramwise_cfg.custom_keys['backbone'].lr_mul: nobody reads it; did you mean lr_mult?"),
+    'resuming as in MMDetection 2': (dict(resume_from='x.pth'), 'resume_from: it is of MMDetection 2, and nobody'),
     'of MMDetection 2': (dict(lr_config=dict(policy='step')), 'lr_config: it is of MMDetection 2, and nobody reads'),
     'setting of a test misspelt': ({'model.test_cfg.max_per_imgs': 9}, 'max_per_imgs: nobody reads it; did you mean '),
     'score misspelt': ({'default_hooks.checkpoint.save_best': 'coco/bbox_mAPP'}, "no score is called 'coco/bbox_mAPP'; "
