@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..engine import UserError, read_checkpoint
 from ..engine.files import check_new_file, written_whole
-from ..engine.reading import check_names
+from ..engine.reading import check_names, meta_of
 from ..engine.search import FOUND
 from ..models.layouts import state_dict_of
 
@@ -146,11 +146,11 @@ def delta_info(delta: str) -> DeltaInfo:
         removed, meta = json.loads(metadata['removed']), json.loads(metadata['meta'])
         info = DeltaInfo(shapes, removed, numbers, int(metadata['base_numbers']), metadata['base'], metadata['result'],
                          meta, os.path.getsize(delta))
-        if not (isinstance(removed, list) and set(meta) <= set(KEPT) and info.base_numbers > 0
-                and all(isinstance(each, dict) for each in meta.values())
+        if not (isinstance(removed, list) and isinstance(meta, dict) and info.base_numbers > 0
+                and all(key in KEPT and isinstance(value, dict) for key, value in meta.items())
                 and all(re.fullmatch('[0-9a-f]{64}', each) for each in (info.base_hash, info.result_hash))):
             raise ValueError
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+    except (KeyError, ValueError, RecursionError):
         raise UserError(f'{delta}: it is damaged: its metadata aren\'t those of a delta file') from None
     check_names(delta, [*shapes, *removed])
     return info
@@ -162,8 +162,8 @@ def _read(path: str, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, A
     tensors = state_dict_of(checkpoint)
     if not tensors:
         raise UserError(f'{path}: holds no tensor')
-    meta = checkpoint.get('meta')
-    return tensors, {key: meta[key] for key in KEPT if isinstance(meta, Mapping) and meta.get(key) is not None}
+    meta = meta_of(checkpoint)
+    return tensors, {key: meta[key] for key in KEPT if meta.get(key) is not None}
 
 
 def _as_json(path: str, meta: dict[str, Any]) -> str:

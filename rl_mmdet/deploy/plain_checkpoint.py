@@ -1,6 +1,6 @@
 """A replaced detector's checkpoint as an ordinary baseline checkpoint."""
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..engine import UserError, build_model, load_checkpoint_, read_checkpoint
 from ..engine.detectors import inner_detectors
 from ..engine.files import check_new_file, write_text, written_whole
+from ..engine.reading import meta_of
 from ..replacement import computing_layers, materialize
 from ..replacement.operators import FullBlock
 from .plain_config import plain_config
@@ -72,8 +73,7 @@ def save_plain_checkpoint(cfg: Config, checkpoint: str, out: str, *, ignore_keys
     detector = plain_detector(cfg, checkpoint, ignore_keys=ignore_keys, allow_pickle=allow_pickle)
     if not detector.layers:
         raise UserError(f'{checkpoint}: it is an ordinary checkpoint already')
-    meta = read_checkpoint(checkpoint, allow_pickle).get('meta')
-    classes = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+    classes = meta_of(read_checkpoint(checkpoint, allow_pickle)).get('dataset_meta')
     weights = detector.model.state_dict()
     text = detector.cfg.pretty_text
     with written_whole(out) as file:

@@ -21,6 +21,12 @@ from .weights_only import load_weights_only
 _torch_load, _fetch_file = torch.load, CheckpointLoader.load_checkpoint
 
 
+def meta_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint says of its training; empty where it says nothing, or has something else there."""
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, Mapping) else {}
+
+
 def read_checkpoint(path: str, allow_pickle: bool = False, map_location: Any = 'cpu') -> dict[str, Any]:
     """Read a checkpoint as tensors and plain data, without unpickling code.
 

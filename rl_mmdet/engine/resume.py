@@ -2,14 +2,14 @@
 import os.path as osp
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
 from .errors import UserError
-from .reading import read_checkpoint
+from .reading import meta_of, read_checkpoint
 
 LAST = 'last_checkpoint'
 """MMEngine's file with the path of the last checkpoint."""
@@ -86,14 +86,16 @@ def checkpoints_in(work_dir: str | Path, *more: str | Path) -> list[Path]:
     for path in (each for folder in (work_dir, *more) for each in Path(folder).glob('*')):
         if _kind(path.name) in kinds:
             series[_kind(path.name)].append((int(''.join(re.findall(r'\d+', path.name)[-1:]) or 0), path))
-    times = {path: path.stat().st_mtime for each in series.values() for _, path in each}
-    ordered = sorted(series.values(), key=lambda each: max(times[path] for _, path in each), reverse=True)
-    last = next(((number, path) for each in ordered for number, path in each if path.name == named.name), None)
+    ordered = sorted(series.values(), key=lambda each: max(path.stat().st_mtime for _, path in each), reverse=True)
+    left = _left_behind(series.get(_kind(named.name), ()), named.name)
+    return [path for each in ordered for _, path in sorted(
+        each, key=lambda entry: (entry[1] not in left, *entry), reverse=True)] or [named] * named.is_file()
 
-    def place(entry: tuple[int, Path]) -> tuple[bool, int]:
-        left = last and _kind(entry[1].name) == _kind(last[1].name) and entry[0] > last[0]
-        return not (left and times[entry[1]] < times[last[1]]), entry[0]
-    return [path for each in ordered for _, path in sorted(each, key=place, reverse=True)] or [named] * named.is_file()
+
+def _left_behind(entries: Iterable[tuple[int, Path]], name: str) -> set[Path]:
+    """Those of higher numbers than the one of this name that are older: somebody has gone back behind them."""
+    last = next(((number, path.stat().st_mtime) for number, path in entries if path.name == name), None)
+    return {path for number, path in entries if last and number > last[0] and path.stat().st_mtime < last[1]}
 
 
 def _kind(name: str) -> str:
@@ -104,8 +106,7 @@ def _kind(name: str) -> str:
 def _resumable(path: str, allow_pickle: bool) -> Mapping[str, Any]:
     """Read a checkpoint of a training that can go on."""
     checkpoint = read_checkpoint(path, allow_pickle)
-    meta = checkpoint.get('meta')
-    if not isinstance(meta, Mapping) or not {'epoch', 'iter'} <= set(meta) or 'message_hub' not in checkpoint:
+    if not {'epoch', 'iter'} <= set(meta_of(checkpoint)) or 'message_hub' not in checkpoint:
         raise UserError(f'{path} has weights alone, so no training can be resumed from it; to start from its weights, '
                         f'leave out --resume and use --cfg-options load_from={path}')
     return checkpoint

@@ -8,6 +8,7 @@ from torch import nn
 from ..replacement import OPERATORS, computing_layers
 from ..replacement.operators import Operator
 from ..replacement.registry import build_setting
+from .reading import meta_of
 
 STARTS = ('scale',)
 """Settings of operators that say only with which values training begins."""
@@ -36,8 +37,7 @@ def _form(operator: Operator) -> tuple[type, dict[str, Any]]:
 
 def _saved_replacement(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The one ``replacement`` in the saved config; None without a config, or where it has none or several."""
-    meta = checkpoint.get('meta')
-    text = meta.get('cfg') if isinstance(meta, Mapping) else None
+    text = meta_of(checkpoint).get('cfg')
     try:
         found = [_value(node.value) for node in ast.walk(ast.parse(text or '')) if isinstance(node, ast.keyword)
                  and node.arg == 'replacement']

@@ -12,7 +12,7 @@ from torch import nn
 from ..search import LearnedPlan, searched_setting
 from .config import searches_of, set_unused_, type_name
 from .errors import UserError
-from .reading import read_checkpoint
+from .reading import meta_of, read_checkpoint
 
 FOUND = 'found'
 """Key in the ``meta`` of checkpoints saved after a search: the setting that it has found."""
@@ -75,8 +75,7 @@ def take_found_(cfg: Config, checkpoint: str | None, allow_pickle: bool = False)
     if not checkpoint or not searches_of(cfg):
         return
     read = read_checkpoint(checkpoint, allow_pickle)
-    meta = read.get('meta')
-    found = (isinstance(meta, Mapping) and meta.get(FOUND)) or read.get(FOUND)  # where older ones have it
+    found = meta_of(read).get(FOUND) or read.get(FOUND)  # where older ones have it
     if found:
         set_found_(cfg, found)
         cfg.custom_hooks.append(dict(type='SearchHook', found=found))  # so that later checkpoints know it as well

@@ -30,17 +30,18 @@ def build(cases, randomise_, in_mode) -> Callable[..., nn.Module]:
     return make
 
 
-@pytest.mark.parametrize('settings', [dict(gradient=dict(recompute=True)), dict(with_cp=True)], ids=str)
-def test_blocks_of_which_a_part_is_replaced_are_run_again_with_the_same_gradients(randomise_, settings):
-    replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type='FullBlock', only='conv2'))
-    found, image = [], torch.rand(1, 3, 64, 64, dtype=torch.float64)
-    for fold, with_cp in ((False, False), (True, settings.get('with_cp', False))):
-        gradient = dict(every=1, **settings.get('gradient', {})) if fold else dict(every=1)
-        model = randomise_(RLResNet(**TINY, norm_eval=True, fold_norm=fold, with_cp=with_cp,
-                                    replacement=dict(replacement, gradient=gradient))).double()
+@pytest.mark.parametrize(('recompute', 'with_cp'), [(True, False), (None, True)])
+def test_blocks_of_which_a_part_is_replaced_are_run_again_with_the_same_gradients(randomise_, recompute, with_cp):
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+
+    def found(recompute: bool | None = None, **settings: bool) -> dict[str, Tensor]:
+        model = randomise_(RLResNet(**TINY, norm_eval=True, **settings, replacement=dict(
+            plan=dict(type='EveryKth', k=2), operator=dict(type='FullBlock', only='conv2'),
+            gradient=dict(every=1, recompute=recompute)))).double()
         model.train()  # mmdet's returns None
-        found.append(results(model, image))
-    torch.testing.assert_close(found[1], found[0])
+        return results(model, image)
+
+    torch.testing.assert_close(found(recompute, with_cp=with_cp, fold_norm=True), found())
 
 
 def results(model: nn.Module, image: Tensor) -> dict[str, Tensor]:

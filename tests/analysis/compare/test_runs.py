@@ -16,8 +16,7 @@ from rl_mmdet.analysis.compare.report import write_report
 from rl_mmdet.analysis.compare.runs import _val_config, checkpoint_of, run_process, scores_of, train_all
 from rl_mmdet.engine import UserError
 
-SKIP = {'model.backbone.type': 'RLResNet', 'model.backbone.replacement.plan.type': 'EveryKth',
-        'model.backbone.replacement.plan.k': 2, 'model.backbone.replacement.operator.type': 'Skip'}
+MORE = {'more': {'optim_wrapper.optimizer.lr': 0.5}}
 
 
 def calls(run):
@@ -91,7 +90,7 @@ def test_output_that_is_not_utf_8_is_shown_as_far_as_it_is(tmp_path):
 
 def test_the_val_set_is_run_with_the_evaluators_own_settings(tiny_config, tmp_path):
     options = {'val_evaluator.sort_categories': True, 'val_evaluator.proposal_nums': (1, 10, 100)}
-    comparison = plan_comparison(tmp_path / 'work', [tiny_config('atss_r34_fpn_digits.py')], {'skip': SKIP}, 1, options)
+    comparison = plan_comparison(tmp_path / 'work', [tiny_config('atss_r34_fpn_digits.py')], MORE, 1, options)
     evaluator = _val_config(comparison, comparison.runs()[1]).test_evaluator
     assert evaluator.sort_categories is True and evaluator.proposal_nums == (1, 10, 100)
     assert evaluator.format_only is True and evaluator.metric == ['bbox']
@@ -111,7 +110,7 @@ def test_after_kill_9_no_training_is_left_behind_and_the_next_call_goes_on(
         pass
     before = (comparison.folder / 'comparison.json').read_text()
     with pytest.raises(UserError, match='another comparison is at work in it'):
-        plan_comparison(comparison.folder, [f'base={tiny_config("atss_r34_fpn_digits.py")}'], {'more': SKIP})
+        plan_comparison(comparison.folder, [f'base={tiny_config("atss_r34_fpn_digits.py")}'], MORE)
     assert (comparison.folder / 'comparison.json').read_text() == before
     trainings = [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
     process.send_signal(signal.SIGKILL)
