@@ -39,6 +39,8 @@ def command_line() -> str:
 def main(args: argparse.Namespace) -> None:
     from rl_mmdet.analysis import compare
     folder = Path(args.work_dir)
+    if args.report_dir:
+        compare.check_report_folder(Path(args.report_dir))
     options = ['--allow-pickle'] * args.allow_pickle
     options += ['--ignore-keys', *args.ignore_keys] if args.ignore_keys else []
     tools = compare.Tools(Path(__file__).parent, args.launcher, args.processes, args.jobs, options)

@@ -97,6 +97,7 @@ def test_a_variant_that_is_added_is_measured_alone(compare, tiny_config, tmp_pat
     (['--report-only'], 'there is no comparison in it'),
     (['--variant', 'x'], 'no config file is given'),
     (['missing.py', 'other.py'], 'error: missing: config missing.py'),
+    (['missing.py', '--report-dir', __file__], 'test_compare.py: not a directory; give a folder'),
 ])
 def test_a_mistake_ends_with_one_line_and_writes_nothing(compare, tmp_path, arguments, complaint):
     status, output = compare(*arguments, '--work-dir', tmp_path / 'work')

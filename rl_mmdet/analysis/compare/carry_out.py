@@ -11,7 +11,7 @@ from ...engine import UserError
 from .comparison import Comparison, only_one
 from .contents import Contents, collect
 from .costs import measure
-from .report import make_report_folder, write_report
+from .report import write_report
 from .runs import Tools, train_all
 from .tables import rich_table, tables
 from .verdict import verdict
@@ -43,7 +43,6 @@ def carry_out(comparison: Comparison, tools: Tools, report: Path, *, train: bool
         with tqdm.external_write_mode():
             console.print(f'{time.monotonic() - start:6.0f} s  {line}', markup=False)
 
-    make_report_folder(report)
     try:
         with only_one(comparison.folder):
             if train:

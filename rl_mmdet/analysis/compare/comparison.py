@@ -143,9 +143,12 @@ def plan_comparison(folder: Path, configs: Sequence[str],
     for cfg in cfgs.values():
         cfg.work_dir = str(folder)
     _check_each(cfgs, lambda cfg: inspect_training(cfg, ignore_keys=ignore_keys, allow_pickle=allow_pickle))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOCK).touch()  # the mark of a comparison's folder, if this is ended while data are made in it
-    _check_each(cfgs, lambda cfg: prepare_files(cfg, 'train', 'val'))
+    try:
+        _check_each(cfgs, lambda cfg: prepare_files(cfg, 'train', 'val'))  # which makes the folder
+    except KeyboardInterrupt:
+        if folder.is_dir():
+            (folder / LOCK).touch()  # so that the next call knows the data that are begun there for a comparison's
+        raise
     for name, cfg in cfgs.items():
         path = _config_file(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)

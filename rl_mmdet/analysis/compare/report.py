@@ -49,21 +49,16 @@ class Picture:
         return f'data:image/svg+xml;base64,{base64.b64encode(self.file("svg")).decode()}'
 
 
-def make_report_folder(folder: Path) -> None:
-    """Make the folder of a report, unless it holds something else.
-
-    Raises:
-        UserError: it can't be made, or has a file called as one of the report's that no comparison wrote.
-    """
+def check_report_folder(folder: Path) -> None:
+    """Raise a UserError if this is no folder, or has files called as a report's that no comparison wrote."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f'--report-dir {folder}: not a directory; give a folder')
     ours = [*(f'report.{kind}' for kind in ('html', 'md')), *(f'figures/{name}.png' for name in FIGURES)]
     theirs = [name for name in ours if (folder / name).exists()]
     if theirs and not any((folder / name).is_file() for name in ('report.json', 'comparison.json')):
         raise UserError(f'--report-dir {folder}: its {theirs[0]} is no comparison\'s (there is no report.json beside '
                         'it) and would be overwritten; give another folder')
-    try:
-        (folder / 'figures').mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--report-dir {folder}: {error.strerror.lower()}; give a folder') from None
 
 
 def write_report(contents: Contents, folder: Path) -> None:
@@ -75,7 +70,8 @@ def write_report(contents: Contents, folder: Path) -> None:
     """
     pictures = list(_pictures(contents))
     texts = {name: _render(f'{name}.j2', contents, pictures) for name in ('report.html', 'report.md')}
-    make_report_folder(folder)
+    check_report_folder(folder)
+    (folder / 'figures').mkdir(parents=True, exist_ok=True)
     write_text(folder / 'report.json', contents.as_json())  # first: by it the folder is known again
     for name in FIGURES:
         (folder / 'figures' / f'{name}.png').unlink(missing_ok=True)

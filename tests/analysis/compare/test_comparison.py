@@ -79,6 +79,8 @@ def test_a_folder_that_no_comparison_made_is_refused(base, twin, tmp_path, file,
     (dict(options={'val_evaluator': [dict(type='CocoMetric', ann_file='a')] * 2}), 'has several CocoMetrics; give one'),
     (dict(options={'val_evaluator.ann_file': None}), 'val_evaluator.ann_file is missing'),
     (dict(options={'val_evaluator.iou_thrs': [0.5]}), 'val_evaluator.iou_thrs: COCO AP is compared'),
+    (dict(options={'train_dataloader.dataset': dict(_delete_=True, type='CocoDataset', ann_file='none.json')}),
+     'base: .*none.json doesn.t exist'),
     (dict(configs=[]), 'no config file is given'),
 ])
 def test_what_cannot_be_compared_ends_with_one_line_before_anything_is_written(base, tmp_path, arguments, complaint):
@@ -90,7 +92,7 @@ def test_what_cannot_be_compared_ends_with_one_line_before_anything_is_written(b
 
 def test_a_call_that_ended_while_data_were_made_can_be_given_again(base, tmp_path, monkeypatch):
     def ended(cfg, *_):
-        (Path(cfg.work_dir) / 'digits').mkdir()
+        (Path(cfg.work_dir) / 'digits').mkdir(parents=True)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr('rl_mmdet.analysis.compare.comparison.prepare_files', ended)
