@@ -58,7 +58,6 @@ VARIANTS = {
     'light-fit-fade-every-8': (*SLIM, FIT, FADE, f'{R}gradient.every=8'),
     'light-fit-fade-coupled': (*SLIM, FIT, FADE, f'{R}gradient.mode=coupled'),
     'best-fit-fade': (*replacing(BEST), *THIN, FIT, FADE),
-    'depthwise-fit-fade': (*REPLACED, *LIGHT, f'{R}operator.type=DepthwiseBlock', FIT, FADE),
     'scalar-fit': (*REPLACED, FIT, EVERY_STEP),
     # what a user would do otherwise
     'shared': (*REPLACED, f'{R}fusion.type=SharedWeights', f'{R}gradient.mode=coupled'),

@@ -17,7 +17,6 @@ VARIANTS = {
     'rl-v1': REPLACED,
     'rl-v1-coupled': (*REPLACED, f'{R}gradient.mode=coupled'),
     'slim-coupled': (*SLIM, f'{R}gradient.mode=coupled'),
-    'depthwise': (*REPLACED, f'{R}operator.type=DepthwiseBlock'),
     'shared': (*REPLACED, f'{R}fusion.type=SharedWeights', f'{R}gradient.mode=coupled'),
 }
 

@@ -16,7 +16,6 @@ Every k-th block of a stage is replaced, or of the whole ViT; k is 4, as in the 
     rl-v2           a light operator: SlimBlock, learning in one of eight steps
     rl-v2-every-1   the same, learning in every step
     rl-v2-coupled   the same, the neighbours learn from it, too
-    rl-v2-depthwise DepthwiseBlock, coupled
     rl-v2-transform a full block with a learned transformation of its weights, coupled
     skip            the blocks left out
     shared          the weights of the kept block before, which learns from both places

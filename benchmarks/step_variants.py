@@ -6,7 +6,7 @@ Variants replace, freeze, checkpoint or leave out the same blocks; NAME+fold als
     skip               the blocks left out: the yardstick
     every-1, every-8   RL-v1, learning in every step (plain autograd) or in one of eight
     recompute          every-8 with recompute=True
-    depthwise, slim    light operators: DepthwiseBlock and SlimBlock
+    slim, slim-coupled SlimBlock, learning in one of eight steps, or in every step with its neighbours
     frozen             the blocks kept, their parameters frozen
     checkpoint         the blocks kept, each run by torch.utils.checkpoint
 """
@@ -68,7 +68,6 @@ VARIANTS = {
     'every-1': replaced('FullBlock', every=1),
     'every-8': replaced('FullBlock', every=8),
     'recompute': replaced('FullBlock', every=8, recompute=True),
-    'depthwise': replaced('DepthwiseBlock', every=8),
     'slim': replaced('SlimBlock', every=8),
     'slim-coupled': replaced('SlimBlock', mode='coupled'),
     'frozen': Variant(change=freeze),

@@ -13,7 +13,6 @@ ARMS = {
     'rl-v2': dict(operator=dict(type='SlimBlock', width=0.25)),
     'rl-v2-every-1': dict(operator=dict(type='SlimBlock', width=0.25), gradient=dict(every=1)),
     'rl-v2-coupled': dict(operator=dict(type='SlimBlock', width=0.25), gradient=dict(mode='coupled')),
-    'rl-v2-depthwise': dict(operator=dict(type='DepthwiseBlock'), gradient=dict(mode='coupled')),
     'rl-v2-transform': dict(fusion=dict(type='TransformFusion', share=0.2), gradient=dict(mode='coupled')),
     'skip': dict(operator=dict(type='Skip')),
     'shared': dict(fusion=dict(type='SharedWeights'), gradient=dict(mode='coupled')),

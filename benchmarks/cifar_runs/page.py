@@ -30,7 +30,8 @@ def page(results: dict[str, Any]) -> str:
              f'have {settings["pair_rate"]:g} times that rate.', '',
              f'Blocks are replaced by `EveryKth(k={settings["k"]})` and:', '',
              *(f'- {arm}: `{replacement}`' for arm, replacement in ARMS.items() if replacement and arm in arms),
-             *(f'- {arm}: {text}' for arm, text in PLAIN.items() if arm in arms), '',
+             *(f'- {arm}: {text}' for arm, text in PLAIN.items() if arm in arms),
+             *(f'- {arm}: what this version doesn\'t have any more' for arm in sorted(arms - set(ARMS))), '',
              'FLOPs are those of an image forward and backward, the mean over the steps of a training; the cost is '
              'FLOPs times epochs, over the baseline\'s. ± is the '
              'standard deviation over seeds; behind differences stands Welch\'s 95 % interval over seeds. Peak '
@@ -54,7 +55,7 @@ def _table(rows: Rows, timed: bool) -> list[str]:
     """The lines of a network's table, of the trainings that were finished, and which blocks are replaced."""
     if not rows:
         return ['No training is finished.', '']
-    by_arm = {arm: found for arm in ARMS if (found := [row for row in rows if row['arm'] == arm])}
+    by_arm = {arm: [row for row in rows if row['arm'] == arm] for arm in _in_order({row['arm'] for row in rows})}
     baseline = by_arm.get('baseline', [])
     columns: dict[str, Callable[[Rows], str]] = {
         'seeds': lambda found: str(len(found)),
@@ -74,6 +75,10 @@ def _table(rows: Rows, timed: bool) -> list[str]:
             *(' | '.join([f'| {arm}', *(cell(found) for cell in columns.values())]) + ' |'
               for arm, found in by_arm.items()), '',
             *([f'Replaced: {", ".join(replaced)}.', ''] if replaced else [])]
+
+
+def _in_order(arms: set[str]) -> list[str]:
+    return [*(arm for arm in ARMS if arm in arms), *sorted(arms - set(ARMS))]
 
 
 def _cost(rows: Rows) -> float:

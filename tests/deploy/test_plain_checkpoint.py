@@ -55,16 +55,15 @@ def test_it_fits_the_baseline_and_gives_the_same_features(trained, save_plain, t
     same_features(model, baseline)
 
 
-@pytest.mark.parametrize('operator', ['DepthwiseBlock', 'SlimBlock'])
-def test_of_light_operators_its_config_has_own_weights(tiny_config, tmp_path, randomise_, operator):
+def test_of_light_operators_its_config_has_own_weights(tiny_config, tmp_path, randomise_):
     """Which blocks can be replaced depends on the fusion, so the config names them."""
     cfg = load_config(tiny_config(), {'model.backbone.replacement': dict(
-        plan=dict(_delete_=True, type='EveryKth', k=2), operator=dict(type=operator),
+        plan=dict(_delete_=True, type='EveryKth', k=2), operator=dict(type='SlimBlock'),
         fusion=dict(type='TransformFusion', rank=1, adapt=True))})
     model = randomise_(build_model(cfg)).eval()
     torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'rl.pth')
     plain = save_plain_checkpoint(cfg, str(tmp_path / 'rl.pth'), str(tmp_path / 'plain.pth'))
-    assert (len(plain.blocks), plain.light) == (7, [operator])
+    assert (len(plain.blocks), plain.light) == (7, ['SlimBlock'])
     assert plain.describe().endswith('plain.py; it needs rl_mmdet for DigitScenesDataset, RLResNet')
     own = build_model(load_config(plain.config)).eval()
     own.load_state_dict(torch.load(tmp_path / 'plain.pth', weights_only=True)['state_dict'], strict=True)

@@ -404,7 +404,7 @@ def replaced(toy_net, randomise_):
 @pytest.mark.parametrize('settings', [
     dict(gradient=dict(mode='coupled')), dict(gradient=dict(recompute=True)),
     pytest.param(dict(fusion=dict(type='TransformFusion')), marks=slow),
-    pytest.param(dict(operator=dict(type='SlimBlock')), marks=slow), dict(operator=dict(type='DepthwiseBlock')),
+    dict(operator=dict(type='SlimBlock')),
 ], ids=str)
 def test_computing_layers(replaced, settings):
     model, image = replaced(**settings), picture(channels=3)

@@ -7,9 +7,8 @@ from rl_mmdet.replacement import FUSIONS, computing_layers, set_step_
 
 SLIM = dict(type='SlimBlock')
 RUNS = [(name, fusion, operator)
-        for name, operator in (('RLResNet', None), ('RLResNet', dict(type='DepthwiseBlock')), ('RLResNet', SLIM),
-                               ('RLSwin', None), ('RLSwin', SLIM), ('RLViT', None), ('RLViT', SLIM),
-                               ('MobileNetV2', None))
+        for name, operator in (('RLResNet', None), ('RLResNet', SLIM), ('RLSwin', None), ('RLSwin', SLIM),
+                               ('RLViT', None), ('RLViT', SLIM), ('MobileNetV2', None))
         for fusion in (*FUSIONS.module_dict, 'adapt')]
 
 

@@ -37,25 +37,26 @@ BACKBONES = {  # BatchNorm in eval mode, or each process has its own statistics;
         stage3=dict(STAGE, num_branches=3, num_blocks=(1, 1, 1), num_channels=(4, 8, 8)),
         stage4=dict(STAGE, num_branches=4, num_blocks=(1, 1, 1, 1), num_channels=(4, 8, 8, 8)))),
 }
+SLIM = dict(type='SlimBlock', width=0.5)
 RUNS = {
     'resnet_detached': dict(backbone='resnet', mode='detached'),
     'resnet_coupled_with_cp': dict(backbone='resnet', mode='coupled', with_cp=True),
     'resnet_detached_folded': dict(backbone='resnet', mode='detached', fold_norm=True),
-    'resnet_coupled_DepthwiseBlock': dict(backbone='resnet', mode='coupled', operator='DepthwiseBlock'),
-    'resnet_detached_DepthwiseBlock': dict(backbone='resnet', mode='detached', operator='DepthwiseBlock'),
-    'resnet_detached_Skip': dict(backbone='resnet', mode='detached', operator='Skip'),
+    'resnet_coupled_SlimBlock': dict(backbone='resnet', mode='coupled', operator=SLIM),
+    'resnet_detached_SlimBlock': dict(backbone='resnet', mode='detached', operator=SLIM),
+    'resnet_detached_Skip': dict(backbone='resnet', mode='detached', operator=dict(type='Skip')),
     'swin_coupled': dict(backbone='swin', mode='coupled'),
     'vit_detached': dict(backbone='vit', mode='detached'),
-    'vit_coupled_SlimBlock': dict(backbone='vit', mode='coupled', operator='SlimBlock'),
+    'vit_coupled_SlimBlock': dict(backbone='vit', mode='coupled', operator=SLIM),
     'convnext_coupled': dict(backbone='convnext', mode='coupled'),
     'hrnet_detached': dict(backbone='hrnet', mode='detached'),
 }
 
 
-def build(backbone: str, mode: str, operator: str = 'FullBlock', **more: Any) -> nn.Module:
+def build(backbone: str, mode: str, operator: dict | None = None, **more: Any) -> nn.Module:
     """A small backbone with some replaced blocks, in training and in float64."""
     torch.manual_seed(0)
-    replacement = dict(plan=dict(type='EveryKth', k=2), operator=dict(type=operator), gradient=dict(mode=mode, every=1))
+    replacement = dict(plan=dict(type='EveryKth', k=2), operator=operator, gradient=dict(mode=mode, every=1))
     model = MODELS.build(copy.deepcopy(dict(BACKBONES[backbone], replacement=replacement, **more)))
     model.train()
     return model.double()
@@ -139,7 +140,7 @@ def test_ddp_equals_one_process_on_the_joined_batch(states, run, assert_same_sta
     for key, value in model.state_dict().items():
         torch.testing.assert_close(states[0][run][key], value, rtol=1e-8, atol=1e-10, msg=key)
     moved = {name for name, value in start.items() if (states[0][run][name] - value).abs().max() > 1e-6}
-    layers = () if RUNS[run].get('operator') == 'Skip' else computing_layers(model)
+    layers = () if RUNS[run].get('operator') == dict(type='Skip') else computing_layers(model)
     assert {name.rpartition('.')[0] for name in moved} == set(layers)
 
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..block_structure import branch, mlp, same_padding
+from ..block_structure import branch, convolutions, mlp, same_padding
 from ..checks import check_number
 from ..registry import OPERATORS
 from ..resize import Shape
-from .light_operator import ScaledOperator, misfit_of_convolutions, tiny_of, unit_length
+from .light_operator import LightOperator, misfit_of_convolutions
 
 
 @OPERATORS.register_module()
-class SlimBlock(ScaledOperator):
+class SlimBlock(LightOperator):
     r"""A thin copy of the block: the first of its hidden channels, with their share of the fused weights.
 
     For blocks of convolutions in a row (BasicBlock, Bottleneck, ResNeXt's) that keep stride and width
@@ -41,10 +41,11 @@ class SlimBlock(ScaledOperator):
 
     Args:
         width: p, the part of the hidden channels that stay, above 0 and at most 1; at least one group stays.
-        scale: start of γ.
+        scale: start of γ, one number per channel; at 0 the start is the identity, and the fusion learns from the
+            second step on.
 
     Raises:
-        ValueError: ``width`` out of range.
+        ValueError: ``width`` out of range; ``scale`` isn't a finite number.
 
     Source: arXiv 2605.19533 ("computing layer"); the form is ours.
     """
@@ -52,7 +53,7 @@ class SlimBlock(ScaledOperator):
     repeatable = True
 
     def __init__(self, width: float = 0.0625, scale: float = 0.0) -> None:
-        super().__init__(scale)
+        self.scale = float(check_number('SlimBlock: scale', scale))
         self.width = check_number('SlimBlock: width', width, above=0, most=1)
 
     def needs(self, block: nn.Module) -> dict[str, Shape]:
@@ -80,9 +81,10 @@ class SlimBlock(ScaledOperator):
         scaled = parameters['scale'].view(-1, *[1] * (last.ndim - 1)) * last
         return dict(zip(template.slots, [*hidden, scaled], strict=True))
 
-    def channels(self, block: nn.Module) -> int:
+    def start(self, block: nn.Module) -> dict[str, Tensor]:
         found = mlp(block)
-        return super().channels(block) if found is None else found.channels
+        channels = next(iter(convolutions(block).values())).in_channels if found is None else found.channels
+        return {'scale': torch.full((channels,), self.scale, device='cpu')}  # also on meta
 
     def misfit(self, block: nn.Module) -> str | None:
         if mlp(block) is not None:
@@ -152,9 +154,22 @@ def _with_lengths(weights: Iterable[Tensor], hidden: float) -> list[Tensor]:
     """Weights with each output channel's part brought to length ``hidden``, and to 1 in the last of them."""
     weights = list(weights)
     if torch.is_grad_enabled():
-        return [unit_length(weight) * hidden for weight in weights[:-1]] + [unit_length(weights[-1])]
+        return [_unit_length(weight) * hidden for weight in weights[:-1]] + [_unit_length(weights[-1])]
     norms = [torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True) for weight in weights]
-    torch._foreach_clamp_min_(norms, tiny_of(weights[0]))
+    torch._foreach_clamp_min_(norms, _tiny_of(weights[0]))
     weights = torch._foreach_div(weights, norms)
     torch._foreach_mul_(weights[:-1], hidden)
     return weights
+
+
+def _unit_length(weight: Tensor) -> Tensor:
+    """Each output channel's part brought to length 1; zeros stay zeros, in half precision, too."""
+    return F.normalize(weight.flatten(1), dim=1, eps=_tiny_of(weight)).view_as(weight)
+
+
+def _tiny_of(weight: Tensor) -> float:
+    """The shortest length that a weight is divided by.
+
+    Shorter ones have squares that are 0 in float32, and gradients divided by much less wouldn't be finite.
+    """
+    return max(torch.finfo(weight.dtype).tiny, 1e-19)

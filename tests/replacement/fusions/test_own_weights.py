@@ -44,7 +44,7 @@ def test_it_is_the_baseline_whose_replaced_blocks_may_be_fixed(build, baseline, 
     assert [row.learnable for row in report.rows if row.replaced] == learnable
 
 
-@pytest.mark.parametrize('operator', [None, dict(type='DepthwiseBlock', scale=0.3)])
+@pytest.mark.parametrize('operator', [None, dict(type='SlimBlock', scale=0.3)])
 @pytest.mark.parametrize('copied', [copy.deepcopy, materialize])
 def test_fixed_blocks_stay_fixed_in_a_copy_and_with_every_operator(build, copied, operator):
     twin = copied(build(operator=operator))

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rl_mmdet.replacement import ComputingLayer, adapt_state_dict, materialize
-from rl_mmdet.replacement.operators import DepthwiseBlock, FullBlock, SlimBlock
+from rl_mmdet.replacement.operators import FullBlock, Skip, SlimBlock
 
-DEPTHWISE = dict(type='DepthwiseBlock', scale=0.3)
 SLIM = dict(type='SlimBlock', width=0.5, scale=0.3)
 BLOCKS = {
     'bottleneck': (lambda: Bottleneck(16, 4), (2, 16, 6, 6), ()),
     'vit': (lambda: Block(8, 2, init_values=0.1), (2, 5, 8), ()),
     'swin': (lambda: SwinBlock(8, 2, 16, window_size=2), (2, 16, 8), ((4, 4),)),
 }
-FITTING = [('bottleneck', DEPTHWISE), ('bottleneck', SLIM), ('vit', SLIM), ('swin', SLIM)]
-fitting = pytest.mark.parametrize(('name', 'operator'), FITTING, ids=[f'{n}-{o["type"]}' for n, o in FITTING])
+every_block = pytest.mark.parametrize('name', BLOCKS)
 computes_half = pytest.mark.skipif(torch.__version__ < (2, 3), reason='before torch 2.3 no CPU computes in float16')
 
 
@@ -37,9 +35,9 @@ def make(build):
     return lambda name, *args, **settings: build(BLOCKS[name][0], *args, **settings)
 
 
-@fitting
-def test_scale_zero_is_the_identity_and_learns_the_scale_first(make, name, operator):
-    layer = make(name, dict(operator, scale=0)).blocks[1]
+@every_block
+def test_scale_zero_is_the_identity_and_learns_the_scale_first(make, name):
+    layer = make(name, dict(SLIM, scale=0)).blocks[1]
     assert torch.equal(layer(*inputs(name)), inputs(name)[0])
     for step in range(2):
         layer.zero_grad()
@@ -49,18 +47,16 @@ def test_scale_zero_is_the_identity_and_learns_the_scale_first(make, name, opera
         layer.scale.data.sub_(0.01 * layer.scale.grad)
 
 
-@pytest.mark.parametrize('operator', [DEPTHWISE, SLIM])
 @pytest.mark.parametrize('dtype', [torch.float32, pytest.param(torch.float16, marks=computes_half)])
-def test_kernels_of_zeros_are_the_identity(make, operator, dtype):
-    net = make('bottleneck', operator).to(dtype)
+def test_kernels_of_zeros_are_the_identity(make, dtype):
+    net = make('bottleneck', SLIM).to(dtype)
     net.blocks[1].coeff.data.zero_()
     x, = inputs('bottleneck', dtype)
     assert torch.equal(net.blocks[1](x), x)
 
 
-@pytest.mark.parametrize('operator', [DEPTHWISE, SLIM])
-def test_channels_that_are_zero_in_all_kept_blocks_have_finite_gradients(make, operator):
-    net = make('bottleneck', operator)
+def test_channels_that_are_zero_in_all_kept_blocks_have_finite_gradients(make):
+    net = make('bottleneck', SLIM)
     for block in (net.blocks[0], net.blocks[2]):
         for conv in (block.conv1, block.conv2, block.conv3):
             conv.weight.data[0] = 0
@@ -70,7 +66,7 @@ def test_channels_that_are_zero_in_all_kept_blocks_have_finite_gradients(make, o
 
 # Who fits
 
-@pytest.mark.parametrize('operator', [DepthwiseBlock(), SlimBlock()])
+@pytest.mark.parametrize('operator', [Skip(), SlimBlock()])
 @pytest.mark.parametrize(('block', 'reason'), [
     (lambda: Bottleneck(16, 4, stride=2, downsample=nn.Conv2d(16, 16, 1, 2)),
      ': it changes the width or the stride; what fits: FullBlock'),
@@ -84,18 +80,12 @@ def test_why_not(operator, block, reason):
     assert FullBlock().why_not(block()) is None
 
 
-def test_a_block_that_doesnt_fit_is_refused_with_what_fits(make):
-    with pytest.raises(ValueError, match='DepthwiseBlock can\'t stand for a Block: it has no convolution; what fits: '
-                                         'SlimBlock, FullBlock'):
-        make('vit', DEPTHWISE)
-
-
 @pytest.mark.parametrize(('operator', 'message'), [
-    (dict(type='DepthwiseBlock', scale='1'), "DepthwiseBlock: scale must be a finite number, got '1'"),
+    (dict(type='SlimBlock', scale='1'), "SlimBlock: scale must be a finite number, got '1'"),
     (dict(type='SlimBlock', scale=float('nan')), 'SlimBlock: scale must be a finite number, got nan'),
     (dict(type='SlimBlock', width=0), 'SlimBlock: width must be a number above 0 and at most 1, got 0'),
     (dict(type='SlimBlock', width=1.01), 'SlimBlock: width must be a number above 0 and at most 1, got 1.01'),
-    (dict(type='DepthwiseBlock', size=1), "DepthwiseBlock has no argument 'size'; allowed: scale"),
+    (dict(type='SlimBlock', size=1), "SlimBlock has no argument 'size'; allowed: width, scale"),
 ])
 def test_wrong_arguments_raise(make, operator, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -104,12 +94,11 @@ def test_wrong_arguments_raise(make, operator, message):
 
 # Gradients
 
-@pytest.mark.parametrize(('name', 'operator', 'fusion'), [
-    *((*each, 'ScalarFusion') for each in FITTING), ('bottleneck', SLIM, 'TransformFusion'),
-    ('bottleneck', DEPTHWISE, 'TransformFusion')], ids=str)
-def test_gradients_of_all_that_learns_and_of_the_input(make, name, operator, fusion):
+@pytest.mark.parametrize(('name', 'fusion'), [
+    *((name, 'ScalarFusion') for name in BLOCKS), ('bottleneck', 'TransformFusion')])
+def test_gradients_of_all_that_learns_and_of_the_input(make, name, fusion):
     rank = dict(rank=1) if fusion == 'TransformFusion' else {}
-    layer = make(name, operator, dict(type=fusion, **rank)).double().blocks[1]
+    layer = make(name, SLIM, dict(type=fusion, **rank)).double().blocks[1]
     x, *args = inputs(name, torch.float64)
     names = [key for key, _ in layer.named_parameters()]
 
@@ -120,10 +109,10 @@ def test_gradients_of_all_that_learns_and_of_the_input(make, name, operator, fus
     assert torch.autograd.gradcheck(run, given, fast_mode=True)
 
 
-@fitting
-def test_gradient_reaches_what_is_used_of_kept_blocks_only_if_coupled(make, name, operator):
+@every_block
+def test_gradient_reaches_what_is_used_of_kept_blocks_only_if_coupled(make, name):
     for mode in ('detached', 'coupled'):
-        net = make(name, operator, mode=mode).double()
+        net = make(name, SLIM, mode=mode).double()
         needed = [f'blocks.{i}.{n}' for i in (0, 2) for n in net.blocks[1].donors]
         net.blocks[1](*inputs(name, torch.float64)).square().sum().backward()
         reached = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()}
@@ -135,9 +124,9 @@ def test_gradient_reaches_what_is_used_of_kept_blocks_only_if_coupled(make, name
 
 # In a model
 
-@fitting
-def test_materialized_computes_the_same_by_ordinary_layers(make, name, operator):
-    net = make(name, operator)
+@every_block
+def test_materialized_computes_the_same_by_ordinary_layers(make, name):
+    net = make(name, SLIM)
     plain = materialize(net)
     for train in (True, False):
         expected = net.train(train)(*inputs(name))
@@ -152,18 +141,17 @@ def test_materialized_computes_the_same_by_ordinary_layers(make, name, operator)
         assert all(p.grad is not None for p in twin.blocks[1].parameters())
 
 
-@pytest.mark.parametrize(('name', 'operator', 'pairs'), [
-    ('bottleneck', DEPTHWISE, 1), ('bottleneck', SLIM, 3), ('vit', SLIM, 5)])
-def test_learned_are_the_fusions_numbers_and_a_scale_per_channel(make, name, operator, pairs):
+@pytest.mark.parametrize(('name', 'pairs'), [('bottleneck', 3), ('vit', 5)])
+def test_learned_are_the_fusions_numbers_and_a_scale_per_channel(make, name, pairs):
     channels = BLOCKS[name][1][-1 if name == 'vit' else 1]
     for fusion, shape in ((None, (2,)), (dict(type='TransformFusion', share=1e-6), (2, pairs))):
-        state = make(name, operator, fusion).blocks[1].state_dict()  # no norm's statistics are left
+        state = make(name, SLIM, fusion).blocks[1].state_dict()  # no norm's statistics are left
         assert {n: tuple(value.shape) for n, value in state.items()} == {'coeff': shape, 'scale': (channels,)}
 
 
-@fitting
-def test_state_dicts_of_its_own_and_of_the_baseline(make, randomise_, assert_same_state, name, operator):
-    source, target = make(name, operator), randomise_(make(name, operator), seed=9)
+@every_block
+def test_state_dicts_of_its_own_and_of_the_baseline(make, randomise_, assert_same_state, name):
+    source, target = make(name, SLIM), randomise_(make(name, SLIM), seed=9)
     adapted, report = adapt_state_dict(target, source.state_dict())
     assert_same_state(adapted, source.state_dict())
     assert (report.missing, report.left_over, report.initialised) == ([], [], [])
@@ -172,14 +160,14 @@ def test_state_dicts_of_its_own_and_of_the_baseline(make, randomise_, assert_sam
     adapted, report = adapt_state_dict(target, baseline := make(name, None).state_dict())
     assert (report.missing, report.left_over, report.mismatched) == ([], [], {})
     assert report.initialised == ['blocks.1']
-    assert adapted['blocks.1.scale'].tolist() == pytest.approx([operator['scale']] * len(target.blocks[1].scale))
+    assert adapted['blocks.1.scale'].tolist() == pytest.approx([SLIM['scale']] * len(target.blocks[1].scale))
     result = target.load_state_dict(baseline)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
 
 
-@fitting
-def test_a_copy_has_a_life_of_its_own(make, name, operator):
-    net = make(name, operator)
+@every_block
+def test_a_copy_has_a_life_of_its_own(make, name):
+    net = make(name, SLIM)
     twin, expected = copy.deepcopy(net), net(*inputs(name))
     assert twin.blocks[1].kept == (twin.blocks[0], twin.blocks[2])
     for parameter in net.parameters():
@@ -191,9 +179,9 @@ def test_a_copy_has_a_life_of_its_own(make, name, operator):
 
 
 @computes_half
-@fitting
-def test_cast_to_half_is_near(make, name, operator):
-    net = make(name, operator)
+@every_block
+def test_cast_to_half_is_near(make, name):
+    net = make(name, SLIM)
     expected = net(*inputs(name))
     actual = net.half()(*inputs(name, torch.float16))
     assert actual.dtype == torch.float16
@@ -201,5 +189,4 @@ def test_cast_to_half_is_near(make, name, operator):
 
 
 def test_repr_names_the_settings(make):
-    assert 'DepthwiseBlock(scale=0.3)' in repr(make('bottleneck', DEPTHWISE).blocks[1])
     assert 'SlimBlock(width=0.5, scale=0.3)' in repr(make('bottleneck', SLIM).blocks[1])

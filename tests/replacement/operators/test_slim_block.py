@@ -88,4 +88,4 @@ def test_refuses_other_convolutions_and_names_what_fits(make):
     reason = SlimBlock().why_not(make())
     assert reason.startswith('SlimBlock can\'t stand for a Bottle')
     assert reason.endswith(': its residual branch is more than ordinary convolutions in a row; '
-                           'what fits: DepthwiseBlock, FullBlock')
+                           'what fits: Skip, FullBlock')

@@ -49,8 +49,8 @@ def by_hand(net: nn.Module, original: nn.Module, name: str, batches: list[Tensor
 @pytest.mark.parametrize('settings', [
     dict(fusion=TRANSFORM),
     dict(operator=dict(type='SlimBlock', width=1.), fusion=TRANSFORM),
-    dict(operator=dict(type='DepthwiseBlock'), gradient=dict(mode='coupled')),
-], ids=['full', 'slim', 'depthwise'])
+    dict(operator=dict(type='SlimBlock', width=1.), gradient=dict(mode='coupled')),
+], ids=['full', 'slim', 'coupled'])
 def test_every_layer_comes_nearer_to_its_block_and_the_error_is_the_true_one(trained, batches, settings):
     net = replaced(trained, **settings)
     before = {key: value.clone() for key, value in net.state_dict().items()}
