@@ -13,6 +13,7 @@ import torch
 from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from safetensors.torch import save_file
+from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -121,6 +122,13 @@ def test_frozen_stages_do_not_learn_and_keep_their_norms_in_eval(stages, learnin
     assert {name.split('.')[0] for name, p in model.named_parameters() if p.requires_grad} == learning
     training = {name.split('.')[0] for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
     assert training == {name.replace('conv1', 'bn1') for name in learning}
+
+
+def test_frozen_stages_leave_no_block_out_at_random():
+    model = build_rl_backbone(timm='resnet50', frozen_stages=2, drop_path_rate=0.5, **TINY).train()
+    training = {name.split('.')[0]: module.training for name, module in model.named_modules()
+                if isinstance(module, DropPath)}
+    assert training == {'layer1': False, 'layer2': False, 'layer3': True, 'layer4': True}
 
 
 def test_norm_eval_keeps_all_norms_in_eval():

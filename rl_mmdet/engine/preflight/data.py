@@ -165,6 +165,12 @@ def _check_content(path: str, content: Mapping[str, Any], node: Mapping[str, Any
     with named(f'{setting}.ann_file'):
         check_annotations(path, content, classes if boxes and not isinstance(classes, str) else None,
                           keys if boxes else ())
+    if boxes and not node.get('test_mode') and (node.get('filter_cfg') or {}).get('filter_empty_gt'):
+        wanted = {category['id'] for category in content.get('categories') or []
+                  if not isinstance(classes, (list, tuple)) or category['name'] in classes}
+        if not any(instance['category_id'] in wanted for instance in content.get('annotations') or []):
+            raise UserError(f'{setting}: {path} has no box of metainfo.classes, and filter_cfg.filter_empty_gt leaves '
+                            'out all images without one')
     folder = osp.join(node.get('data_root') or '', prefix.get('img') or '')
     types = {type_name(one) for one in nested_dicts(node.get('pipeline') or [])}
     if '://' not in folder and 'LoadImageFromFile' in types:

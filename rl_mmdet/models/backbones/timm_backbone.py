@@ -82,7 +82,7 @@ class TimmBackbone(BaseModule):
         self._body = (body,)
         self._modules, self._parameters, self._buffers = body._modules, body._parameters, body._buffers
         self._non_persistent_buffers_set = body._non_persistent_buffers_set
-        self.frozen_norms = self._freeze(frozen_stages)
+        self.frozen = self._freeze(frozen_stages)
         apply_settings_(self, replacement, fold_norm, transfer)
 
     @property
@@ -120,7 +120,7 @@ class TimmBackbone(BaseModule):
         super().train(mode)
         self.body.training = mode
         for name, module in self.named_modules():
-            if name in self.frozen_norms or (self.norm_eval and isinstance(module, _BatchNorm)):
+            if name in self.frozen or (self.norm_eval and isinstance(module, _BatchNorm)):
                 module.eval()
         return self
 
@@ -135,7 +135,7 @@ class TimmBackbone(BaseModule):
         return super().named_children()
 
     def _freeze(self, stages: int) -> list[str]:
-        """Freeze the stem and the first ``stages`` stages, -1 for none; returns the names of their BatchNorms."""
+        """Freeze the stem and the first ``stages`` stages, -1 for none; returns the names of their modules."""
         if stages < 0:
             return []
         from timm.models import group_parameters
@@ -148,8 +148,9 @@ class TimmBackbone(BaseModule):
         frozen = [name for group, names in groups.items() if group <= stages for name in names]
         for name in frozen:
             self.body.get_parameter(name).requires_grad_(False)
-        return [name for name, module in self.body.named_modules()
-                if isinstance(module, _BatchNorm) and f'{name}.weight' in frozen]
+        names = {name: [own for own, _ in module.named_parameters(prefix=name)]
+                 for name, module in self.body.named_modules() if name}
+        return [name for name, own in names.items() if own and set(frozen).issuperset(own)]
 
 
 @own_layout.register

@@ -140,6 +140,10 @@ ANNOTATIONS = {
     'outside': (first('annotations', bbox=[99, 0, 9, 9]), 'boxes outside of their image: 1, the first in'),
     'not finite': (first('annotations', bbox=[float('nan'), 0, 9, 9]), 'boxes not finite: 1, the first in'),
     'no box': (first('annotations', bbox='0 0 9 9'), "annotation 1 has the bbox '0 0 9 9'; it must be four numbers"),
+    'no boxes': (lambda content: content.update(annotations=[]), 'has no box of metainfo.classes'),
+    'no box of the class': (lambda content: content.update(annotations=[
+        dict(each, category_id=2) for each in content['annotations']], categories=[
+            *content['categories'], dict(id=2, name='wallaby')]), 'has no box of metainfo.classes'),
     'no image': (first('images', file_name='none.jpg'), 'none.jpg: there is no such image'),
     'broken image': (first('images', file_name='../train.json'), 'train.json: broken, or no image'),
 }
