@@ -7,6 +7,7 @@ Variants replace, freeze, checkpoint or leave out the same blocks; NAME+fold als
     every-1, every-8   RL-v1, learning in every step (plain autograd) or in one of eight
     recompute          every-8 with recompute=True
     slim, slim-coupled SlimBlock, learning in one of eight steps, or in every step with its neighbours
+    slim-kept          slim with recompute=False: its output is kept for backward, not made again
     frozen             the blocks kept, their parameters frozen
     checkpoint         the blocks kept, each run by torch.utils.checkpoint
 """
@@ -70,6 +71,7 @@ VARIANTS = {
     'recompute': replaced('FullBlock', every=8, recompute=True),
     'slim': replaced('SlimBlock', every=8),
     'slim-coupled': replaced('SlimBlock', mode='coupled'),
+    'slim-kept': replaced('SlimBlock', every=8, recompute=False),
     'frozen': Variant(change=freeze),
     'checkpoint': Variant(change=checkpoint_all),
 }

@@ -54,8 +54,8 @@ from zoo.reasons import short_reason
 
 COUNTS = {'flops': 'FLOPs', 'saved': 'saved bytes', 'peak': 'peak memory', 'time': 'time'}
 NAMES = ('baseline', 'folded', *(name + fold for fold in ('', FOLD) for name in VARIANTS if name != 'baseline'))
-COUNTED = ('baseline', 'folded', 'skip', 'every-1', 'every-8', 'recompute', 'slim', 'frozen', 'checkpoint',
-           *(name + FOLD for name in ('skip', 'every-8', 'recompute', 'slim')))
+COUNTED = ('baseline', 'folded', 'skip', 'every-1', 'every-8', 'recompute', 'slim', 'slim-kept', 'slim-coupled',
+           'frozen', 'checkpoint', *(name + FOLD for name in ('skip', 'every-8', 'recompute', 'slim')))
 TIMED = ('baseline', 'skip', 'every-1', 'every-8', 'slim')
 CASES = (
     *(Case(config, 'backbone', (320, 320), variants=TIMED) for config in (MASK_R50, MASK_R101, SWIN_T, VIT_B)),

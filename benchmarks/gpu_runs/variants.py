@@ -16,6 +16,8 @@ MAIN = ('baseline', *GOALS, 'skip+fold')
 OTHERS = ('baseline', 'every-8', 'slim', 'skip', 'frozen', 'checkpoint', 'efficient', 'folded-alone')
 PLAIN = ('baseline', 'every-8', 'recompute', 'slim', 'skip', 'checkpoint')
 """For models without BatchNorm."""
+SLIM = ('baseline', 'slim', 'slim-kept', 'slim-coupled', 'skip')
+"""What SlimBlock costs the host."""
 FULL = (800, 1333)
 CASES = (
     Case(MASK_R101, 'detector', FULL, 2, 'bf16', variants=MAIN),
@@ -25,6 +27,7 @@ CASES = (
     Case(MASK_R101, 'detector', FULL, 2, 'bf16', variants=OTHERS),
     Case(MASK_R101, 'detector', FULL, 8, 'bf16', variants=MAIN),
     Case(MASK_R50, 'detector', FULL, 2, 'bf16', variants=MAIN),
+    Case(MASK_R101, 'detector', FULL, 2, 'bf16', variants=SLIM),
     Case(MASK_R101, 'detector', FULL, 2, 'bf16', channels_last=True, variants=MAIN),
     Case(MASK_R101, 'detector', FULL, 8, 'bf16', channels_last=True, variants=MAIN),
     Case(MASK_R101, 'detector', FULL, 2, 'fp16', variants=MAIN),
