@@ -1,10 +1,8 @@
 """Which blocks of a trained backbone their neighbours explain best: the ``BestFit`` plan on a config's own data."""
 import copy
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from mmdet.registry import MODELS
@@ -13,7 +11,7 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, set_random_seed
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine import UserError, build_model, load_checkpoint_, read_checkpoint
 from ..engine.config import without_workers
@@ -31,23 +29,20 @@ LOST = 0.95
 
 @dataclass(frozen=True)
 class Trial:
-    """What one operator would leave unexplained, and at what cost.
+    """What the operator would leave unexplained, and at what cost.
 
     Args:
-        operator: its settings.
         report: on the backbone with the chosen blocks replaced.
         errors: what each block's computing layer leaves unexplained after a fit, by the block's name.
         flops: of the replaced backbone's forward run over the baseline's.
     """
-    operator: str
     report: ReplacementReport
     errors: dict[str, float]
     flops: float
 
 
 def choose_blocks(cfg: Config, checkpoint: str, p: float, *, batches: int = 4, steps: int = 100,
-                  fusion: str | None = None, operators: Sequence[str] = (), ignore_keys: Sequence[str] = (),
-                  allow_pickle: bool = False) -> list[Trial]:
+                  ignore_keys: Sequence[str] = (), allow_pickle: bool = False) -> Trial:
     """Choose the blocks of ``cfg.model.backbone`` to replace, with the ``BestFit`` plan.
 
     Args:
@@ -56,12 +51,7 @@ def choose_blocks(cfg: Config, checkpoint: str, p: float, *, batches: int = 4, s
         p: the fraction of the replaceable blocks to replace.
         batches: how many batches of the training set to fit and measure on, augmented and normalised as in training.
         steps: of the fit; 0 measures the start.
-        fusion: a type's name or a JSON object, in place of the config's.
-        operators: the same; each gets a trial of its own.
         ignore_keys, allow_pickle: see :func:`~rl_mmdet.engine.load_checkpoint_`.
-
-    Returns:
-        A trial for each operator.
 
     Raises:
         UserError: no backbone or training data in the config, weights that don't fit it, or a setting that
@@ -71,32 +61,24 @@ def choose_blocks(cfg: Config, checkpoint: str, p: float, *, batches: int = 4, s
         raise UserError(f'--batches must be at least 1, got {batches}')
     given = dict(backbone_cfg(cfg))
     settings = dict(given.pop('replacement', None) or {})
-    settings.pop('start', None)  # the trials have a fit of their own
-    if fusion is not None:
-        settings['fusion'] = _type_settings('--fusion', fusion)
-    asked = [_type_settings('--operator', text) for text in operators] or [settings.get('operator')]
+    settings.pop('start', None)  # this fit stands for it
     backbone = build_model(Config(dict(model=given, default_scope=cfg.get('default_scope', 'mmdet'))))
     prefix = 'backbone' if state_dict_of(read_checkpoint(checkpoint, allow_pickle), 'backbone') else ''
     load_checkpoint_(backbone, checkpoint, prefix=prefix, ignore=ignore_keys, allow_pickle=allow_pickle)
     inputs = calibration_batches(cfg, batches)
     backbone.to(get_device())
+    replaced = copy.deepcopy(backbone)
     try:
-        return [_try(backbone, dict(settings, operator=operator), p, inputs, steps)
-                for operator in asked]
+        plan = BestFit(p, inputs, steps)
+        report = replace_in_backbone_(replaced, dict(settings, plan=plan))
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-
-
-def _try(backbone: nn.Module, settings: Mapping[str, Any], p: float, inputs: list[Tensor], steps: int) -> Trial:
-    """One operator's trial; the backbone stays as it is."""
-    plan, replaced = BestFit(p, inputs, steps), copy.deepcopy(backbone)
-    report = replace_in_backbone_(replaced, dict(settings, plan=plan))
     backbone.eval()
     replaced.eval()
     image = inputs[0][:1].to(next(backbone.parameters()).device)
     with torch.no_grad():
         flops = count_flops(lambda: replaced(image)) / count_flops(lambda: backbone(image))
-    return Trial(report.settings['operator'], report, plan.errors, flops)
+    return Trial(report, plan.errors, flops)
 
 
 def calibration_batches(cfg: Config, count: int) -> list[Tensor]:
@@ -121,52 +103,38 @@ def calibration_batches(cfg: Config, count: int) -> list[Tensor]:
     return inputs
 
 
-def error_table(trials: Sequence[Trial]) -> Table:
-    """Every block, what each operator leaves unexplained of it, and whether the first one's plan chooses it."""
+def error_table(trial: Trial) -> Table:
+    """Every block, what is left unexplained of it, and whether the plan chooses it."""
     table = Table(title='what is left unexplained of the blocks: 0 is reproduced, 1 is as if left out')
-    named = [trial.operator.partition('(')[0] for trial in trials]
-    for column in ('stage', 'block', 'kind', 'parameters', *named, 'choice'):
+    for column in ('stage', 'block', 'kind', 'parameters', 'unexplained', 'choice'):
         table.add_column(column, justify='left' if column in ('stage', 'kind', 'choice') else 'right')
     last = None
-    for rows in zip(*(trial.report.rows for trial in trials), strict=True):
-        row = rows[0]
+    for row in trial.report.rows:
         if last not in (None, row.chain):
             table.add_section()
         last = row.chain
-        errors = [f'{trial.errors[row.name]:.3f}' if row.name in trial.errors else '' for trial in trials]
-        table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}', *errors,
+        table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}',
+                      f'{trial.errors[row.name]:.3f}' if row.name in trial.errors else '',
                       '[bold]replace[/]' if row.replaced else f"can't be replaced: {row.reason}" if row.reason else '')
     return table
 
 
-def cost_lines(trials: Sequence[Trial]) -> list[str]:
-    """What each operator costs in the place of the blocks that its trial has chosen."""
-    return [f'{trial.operator}: {sum(map(len, trial.report.replaced.values()))} blocks of '
+def cost_line(trial: Trial) -> str:
+    """What the operator costs in the place of the chosen blocks."""
+    return (f'{trial.report.settings["operator"]}: {sum(map(len, trial.report.replaced.values()))} blocks of '
             f'{trial.report.removed_parameters:,} parameters replaced by layers that learn {trial.report.learnable:,}; '
-            f'forward FLOPs of the backbone ×{trial.flops:.2f}'
-            for trial in trials]
+            f'forward FLOPs of the backbone ×{trial.flops:.2f}')
 
 
-def warning_lines(trials: Sequence[Trial]) -> list[str]:
-    """For each operator the chosen blocks that it keeps no better than leaving them out; nothing if all is well."""
-    lines = []
-    for trial in trials:
-        lost = [f'{row.name} ({trial.errors[row.name]:.2f})' for row in trial.report.rows
-                if row.replaced and trial.errors[row.name] > LOST]
-        if lost:
-            lines.append(f'warning: {trial.operator} is no better than leaving the block out in the place of '
-                         f'{", ".join(lost)}: from these weights, that costs AP. Try more --steps, a smaller --p, or '
-                         'what can be fitted: --operator \'{"type": "SlimBlock", "width": 0.25}\' --fusion '
-                         '\'{"type": "TransformFusion", "rank": 16, "adapt": true}\'')
-    return lines
-
-
-def _type_settings(option: str, text: str) -> dict[str, Any]:
-    """The settings that an option's text stands for: a type's name, or a JSON object."""
-    if not text.lstrip().startswith('{'):
-        return dict(type=text)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f'{option}: not a JSON object ({error}), for instance {option} '
-                        '\'{"type": "NAME"}\'') from None
+def warning_lines(trial: Trial) -> list[str]:
+    """The chosen blocks that the operator keeps no better than leaving them out; nothing if all is well."""
+    lost = [f'{row.name} ({trial.errors[row.name]:.2f})' for row in trial.report.rows
+            if row.replaced and trial.errors[row.name] > LOST]
+    if not lost:
+        return []
+    fitting = ' '.join(f'model.backbone.replacement.{setting}' for setting in (
+        'operator.type=SlimBlock', 'operator.width=0.25', 'fusion.type=TransformFusion', 'fusion.rank=16',
+        'fusion.adapt=True'))
+    return [f'warning: {trial.report.settings["operator"]} is no better than leaving the block out in the place of '
+            f'{", ".join(lost)}: from these weights, that costs AP. Try more --steps, a smaller --p, or what can be '
+            f'fitted: --cfg-options {fitting}']
