@@ -134,10 +134,10 @@ class TimmBackbone(BaseModule):
             raise RuntimeError(f'{self.timm}: fuse_conv_bn would drop the activations in timm\'s norms; leave it out')
         return super().named_children()
 
-    def _freeze(self, stages: int) -> list[str]:
+    def _freeze(self, stages: int) -> set[str]:
         """Freeze the stem and the first ``stages`` stages, -1 for none; returns the names of their modules."""
         if stages < 0:
-            return []
+            return set()
         from timm.models import group_parameters
         if not hasattr(self.body, 'group_matcher'):
             raise ValueError(f'{self.timm}: timm doesn\'t say what its stages are, so frozen_stages must be -1')
@@ -145,12 +145,12 @@ class TimmBackbone(BaseModule):
         last = max(groups)
         if stages > last:
             raise ValueError(f'{self.timm}: frozen_stages={stages}, but there are {last} stages; allowed: -1 to {last}')
-        frozen = [name for group, names in groups.items() if group <= stages for name in names]
+        frozen = {name for group, names in groups.items() if group <= stages for name in names}
         for name in frozen:
             self.body.get_parameter(name).requires_grad_(False)
-        names = {name: [own for own, _ in module.named_parameters(prefix=name)]
-                 for name, module in self.body.named_modules() if name}
-        return [name for name, own in names.items() if own and set(frozen).issuperset(own)]
+        inside = {name: {parameter for parameter, _ in module.named_parameters(prefix=name)}
+                  for name, module in self.body.named_modules() if name}
+        return {name for name, parameters in inside.items() if parameters and parameters <= frozen}
 
 
 @own_layout.register
