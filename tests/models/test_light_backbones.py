@@ -1,4 +1,4 @@
-"""Light operators in whole backbones: training steps with each that fits, and one line that names what fits else."""
+"""SlimBlock in whole backbones: training steps wherever it fits, and one line that names what fits elsewhere."""
 import re
 from collections.abc import Callable
 from typing import Any
