@@ -1,9 +1,9 @@
 """From scratch with blocks replaced: Faster R-CNN with a thin R-34 on BCCD, 3,120 iterations, compared by compare.py.
 
 The backbone has a quarter of R-34's width, so that a CPU core needs 20 minutes for a training. Every second block of a
-stage is replaced, 5 of 16. Even so the task doesn't feel them missing: ``skip`` has the baseline's AP.
+stage is replaced, 5 of 16. Even so the task doesn't feel them missing: ``skip`` has the baseline's AP. The page's:
 
-    python benchmarks/bccd.py --data DIR --work-dir work_dirs/bccd --variants skip --seeds 3 --jobs 2
+    python benchmarks/bccd.py --data DIR --work-dir work_dirs/bccd --variants skip slim-coupled rl-v1-coupled --seeds 3
 """
 from comparison_scripts import R, compare, parser_of
 
