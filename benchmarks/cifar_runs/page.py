@@ -31,7 +31,7 @@ def page(results: dict[str, Any]) -> str:
              f'Blocks are replaced by `EveryKth(k={settings["k"]})` and:', '',
              *(f'- {arm}: `{replacement}`' for arm, replacement in ARMS.items() if replacement and arm in arms),
              *(f'- {arm}: {text}' for arm, text in PLAIN.items() if arm in arms),
-             *(f'- {arm}: what this version doesn\'t have any more' for arm in sorted(arms - set(ARMS))), '',
+             *(f'- {arm}: what this version doesn\'t have any more' for arm in _in_order(arms) if arm not in ARMS), '',
              'FLOPs are those of an image forward and backward, the mean over the steps of a training; the cost is '
              'FLOPs times epochs, over the baseline\'s. ± is the '
              'standard deviation over seeds; behind differences stands Welch\'s 95 % interval over seeds. Peak '
@@ -78,6 +78,7 @@ def _table(rows: Rows, timed: bool) -> list[str]:
 
 
 def _in_order(arms: set[str]) -> list[str]:
+    """As in ARMS, and those that aren't there at the end."""
     return [*(arm for arm in ARMS if arm in arms), *sorted(arms - set(ARMS))]
 
 

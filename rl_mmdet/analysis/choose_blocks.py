@@ -11,7 +11,7 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, set_random_seed
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import UserError, build_model, load_checkpoint_, read_checkpoint
 from ..engine.config import without_workers
@@ -67,18 +67,20 @@ def choose_blocks(cfg: Config, checkpoint: str, p: float, *, batches: int = 4, s
     load_checkpoint_(backbone, checkpoint, prefix=prefix, ignore=ignore_keys, allow_pickle=allow_pickle)
     inputs = calibration_batches(cfg, batches)
     backbone.to(get_device())
-    replaced = copy.deepcopy(backbone)
+    baseline = _forward_flops(backbone, inputs[0][:1])
     try:
         plan = BestFit(p, inputs, steps)
-        report = replace_in_backbone_(replaced, dict(settings, plan=plan))
+        report = replace_in_backbone_(backbone, dict(settings, plan=plan))
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+    return Trial(report, plan.errors, _forward_flops(backbone, inputs[0][:1]) / baseline)
+
+
+@torch.no_grad()
+def _forward_flops(backbone: nn.Module, image: Tensor) -> int:
     backbone.eval()
-    replaced.eval()
-    image = inputs[0][:1].to(next(backbone.parameters()).device)
-    with torch.no_grad():
-        flops = count_flops(lambda: replaced(image)) / count_flops(lambda: backbone(image))
-    return Trial(report, plan.errors, flops)
+    image = image.to(next(backbone.parameters()).device)
+    return count_flops(lambda: backbone(image))
 
 
 def calibration_batches(cfg: Config, count: int) -> list[Tensor]:
