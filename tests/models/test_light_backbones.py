@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rl_mmdet.replacement import computing_layers, materialize
+from rl_mmdet.replacement.operators.slim_block import SlimConvolutions
 
 FITS = ('RLResNet', 'RLResNet_34', 'RLResNeXt', 'timm_resnet', 'RLSwin', 'timm_swin', 'RLViT', 'timm_vit')
 """What SlimBlock fits of the cases in conftest.py."""
@@ -94,6 +95,17 @@ def test_weights_are_initialised_and_the_baselines_are_used_without_rest(name, c
         assert layer.scale.eq(layer.operator.scale).all()
     result = model.load_state_dict(randomise_(cases[name].build_baseline()).state_dict())
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
+
+
+@pytest.mark.parametrize('name', ['RLResNet', 'RLResNet_34'])
+def test_convolutions_of_their_own_are_initialised_as_the_identity(name, build):
+    model = build(name, fusion=dict(type='OwnWeights'))
+    model.init_weights()
+    blocks = [module for module in model.modules() if isinstance(module, SlimConvolutions)]
+    assert blocks
+    for block in blocks:
+        x = torch.randn(1, block.convs[0].in_channels, 7, 7)
+        assert torch.equal(block(x), x)
 
 
 @pytest.mark.parametrize(('name', 'fits'), [

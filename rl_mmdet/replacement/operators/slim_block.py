@@ -125,6 +125,10 @@ class SlimConvolutions(nn.Module):
             out = F.relu(conv(out), inplace=True)
         return x + last(out)
 
+    def init_weights(self) -> None:
+        """MMEngine calls it: weights of its own (``OwnWeights``) start as the identity."""
+        nn.init.zeros_(self.convs[-1].weight)
+
 
 class SlimMlp(nn.Module):
     """Norm, linear, activation, linear on channels that come last, added to their input. See :class:`SlimBlock`."""
