@@ -6,7 +6,6 @@ from .errors import NonFiniteLossError, UserError
 from .hooks import (
     FiniteLossHook,
     LearningStepsHook,
-    LogCoefficientsHook,
     ResumeHook,
     SearchHook,
     StartHook,
@@ -24,10 +23,9 @@ from .search import take_found_
 average_exactly_()
 
 __all__ = [
-    'FiniteLossHook', 'LearningStepsHook', 'LogCoefficientsHook', 'NonFiniteLossError',
-    'RLLayerDecayOptimWrapperConstructor', 'RLOptimWrapperConstructor', 'ResumeHook', 'SearchHook', 'StartHook',
-    'UserError', 'WholeCheckpointHook', 'add_import_', 'add_rl_defaults_', 'begin_or_resume_',
-    'build_model', 'build_runner', 'check_testing', 'check_training', 'checkpoints_in', 'inspect_training',
-    'load_checkpoint_', 'load_config', 'read_checkpoint', 'resume_checkpoint', 'run_tool', 'safe_reading',
-    'saved_when_stopped', 'take_found_', 'write_new_configs',
+    'FiniteLossHook', 'LearningStepsHook', 'NonFiniteLossError', 'RLLayerDecayOptimWrapperConstructor',
+    'RLOptimWrapperConstructor', 'ResumeHook', 'SearchHook', 'StartHook', 'UserError', 'WholeCheckpointHook',
+    'add_import_', 'add_rl_defaults_', 'begin_or_resume_', 'build_model', 'build_runner', 'check_testing',
+    'check_training', 'checkpoints_in', 'inspect_training', 'load_checkpoint_', 'load_config', 'read_checkpoint',
+    'resume_checkpoint', 'run_tool', 'safe_reading', 'saved_when_stopped', 'take_found_', 'write_new_configs',
 ]

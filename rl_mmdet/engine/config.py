@@ -82,14 +82,14 @@ def add_rl_defaults_(cfg: Config) -> Config:
     """Add, where they are absent, the hooks and the optimizer-wrapper constructor that RL training needs.
 
     Every config gets ``FiniteLossHook`` and ``ResumeHook``, and ``WholeCheckpointHook`` for MMEngine's hook. One with a
-    ``replacement`` also gets ``StartHook``, ``LearningStepsHook``, ``LogCoefficientsHook``, and our constructors in
-    place of MMEngine's default one and MMDetection's for layer decay; another constructor stays. One that searches gets
-    ``SearchHook``, and where it searches for a plan DDP is told that a step doesn't use all parameters.
+    ``replacement`` also gets ``StartHook`` and ``LearningStepsHook``, and our constructors in place of MMEngine's
+    default one and MMDetection's for layer decay; another constructor stays. One that searches gets ``SearchHook``, and
+    where it searches for a plan DDP is told that a step doesn't use all parameters.
     """
     hooks = list(cfg.get('custom_hooks') or [])
     wanted = ['FiniteLossHook', 'ResumeHook']
     if uses_replacement(cfg):
-        wanted += ['StartHook', 'LearningStepsHook', 'LogCoefficientsHook']
+        wanted += ['StartHook', 'LearningStepsHook']
         wrapper = cfg.get('optim_wrapper')
         constructor = wrapper and CONSTRUCTORS.get(type_name(wrapper.get('constructor')))
         if constructor:

@@ -75,7 +75,7 @@ def take_found_(cfg: Config, checkpoint: str | None, allow_pickle: bool = False)
     if not checkpoint or not searches_of(cfg):
         return
     read = read_checkpoint(checkpoint, allow_pickle)
-    found = meta_of(read).get(FOUND) or read.get(FOUND)  # where older ones have it
+    found = meta_of(read).get(FOUND)
     if found:
         set_found_(cfg, found)
         cfg.custom_hooks.append(dict(type='SearchHook', found=found))  # so that later checkpoints know it as well

@@ -278,7 +278,7 @@ class ComputingLayer(nn.Module):
             with torch.enable_grad():  # operations that every exporter knows
                 weights = self.weights()
             return self._run_template(weights, method, *args, **kwargs)
-        factor = self.gradient.factor(self.turn, self.training)
+        factor = self.gradient.factor(self.turn)
         if self.operator.repeatable:  # its weights are few, so they are made once and kept
             run = partial(self._run_template, self.weights(factor), method)
         else:

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .._torch_compat import is_compiling
 from .checks import check_number
 from .registry import call_checked
 
@@ -18,12 +17,10 @@ class Gradient:
     In one of k = ``every`` steps the made weights carry gradient to the layer's own parameters φ, multiplied by k; in
     the others they are constants, so that no weight gradient is computed and nothing is kept for one:
 
-    .. math:: g = k\,m\,\frac{∂L}{∂φ}, \qquad P(m = 1) = \tfrac1k, \qquad E[g] = \frac{∂L}{∂φ}
+    .. math:: g = k\,m\,\frac{∂L}{∂φ}, \qquad m = 1 \text{ in one of } k \text{ steps, else } 0
 
-    Where :func:`~rl_mmdet.replacement.set_step_` counts the steps, as ``LearningStepsHook`` does in MMEngine's
-    training, the blocks take turns, so that all steps cost alike. Else every forward run draws from torch's generator,
-    which activation checkpoints replay. A model compiled by :func:`torch.compile` can't draw: its blocks learn in every
-    step unless ``set_step_`` counts.
+    :func:`~rl_mmdet.replacement.set_step_` counts the steps, as ``LearningStepsHook`` does in MMEngine's training: the
+    blocks take turns, so that all steps cost alike. Where nobody counts, they learn in every step, as with k = 1.
 
     In the steps between, the parameters get a gradient of zeros, as DDP needs. SGD then makes the same steps on
     average, with momentum and weight decay as ever. Adam's second moment is k times as large, so its steps are shorter,
@@ -59,19 +56,14 @@ class Gradient:
             raise ValueError(f"every={every} goes with mode='detached' only: with 'coupled' the neighbours learn from "
                              'the replaced block in every step; leave every out')
 
-    def factor(self, turn: bool | None, training: bool) -> int:
+    def factor(self, turn: bool | None) -> int:
         """By what the gradient is multiplied in this forward run; 0 if the made weights are constants.
 
         Args:
             turn: whether it is the block's turn; None if nobody counts.
-            training: mode of the layer.
         """
-        if self.every == 1 or not (training or torch.is_grad_enabled()):
+        if turn is None or not torch.is_grad_enabled():
             return 1
-        if turn is None:
-            if is_compiling():
-                return 1
-            turn = torch.randint(self.every, ()).item() == 0
         return self.every if turn else 0
 
     def __repr__(self) -> str:

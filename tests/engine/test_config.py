@@ -54,7 +54,7 @@ val_evaluator = dict(ann_file=data_root + 'annotations/val.json', outfile_prefix
 
 
 OF_ALL = ['FiniteLossHook', 'ResumeHook']
-OF_REPLACED = [*OF_ALL, 'StartHook', 'LearningStepsHook', 'LogCoefficientsHook']
+OF_REPLACED = [*OF_ALL, 'StartHook', 'LearningStepsHook']
 
 
 @pytest.mark.parametrize(('replacement', 'given', 'hooks', 'constructor'), [

@@ -89,7 +89,7 @@ custom_hooks = [dict(type=FiniteLossHook)]
 MORE
 '''
 SEARCH = 'model.backbone.replacement = dict(plan=dict(type=LearnedPlan, budget=dict(params=.8), epochs=1))'
-ADDED = ['FiniteLossHook', 'ResumeHook', 'StartHook', 'LearningStepsHook', 'LogCoefficientsHook', 'SearchHook']
+ADDED = ['FiniteLossHook', 'ResumeHook', 'StartHook', 'LearningStepsHook', 'SearchHook']
 
 
 @pytest.fixture

@@ -63,8 +63,6 @@ def test_a_student_and_its_teacher_start_from_a_plain_baseline_and_become_plain(
     runner.register_hook(look)
     runner.train()
     assert (look.left, look.different) == ([], [])
-    logged = (Path(runner.log_dir) / 'vis_data' / 'scalars.json').read_text()
-    assert all(f'replacement/{name}.backbone.layer2.1/a' in logged for name in ('student', 'teacher'))
     assert 'this training lacks' not in next(Path(runner.log_dir).glob('*.log')).read_text()
 
     plain = save_plain_checkpoint(cfg, (tmp_path / 'run' / 'last_checkpoint').read_text(), str(tmp_path / 'plain.pth'))

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rl_mmdet.models  # noqa: F401  registers the RL backbones
-from rl_mmdet.replacement import computing_layers, recalibrate_norms_
+from rl_mmdet.replacement import computing_layers, recalibrate_norms_, set_step_
 
 WORLD = 2
 STEPS = 3
@@ -44,6 +44,10 @@ RUNS = {
     'resnet_detached_folded': dict(backbone='resnet', mode='detached', fold_norm=True),
     'resnet_coupled_SlimBlock': dict(backbone='resnet', mode='coupled', operator=SLIM),
     'resnet_detached_SlimBlock': dict(backbone='resnet', mode='detached', operator=SLIM),
+    'resnet_detached_every_2': dict(backbone='resnet', mode='detached', every=2),
+    'resnet_detached_only_every_2': dict(backbone='resnet', mode='detached', every=2,
+                                         operator=dict(type='FullBlock', only='conv2')),
+    'resnet_detached_SlimBlock_every_2': dict(backbone='resnet', mode='detached', every=2, operator=SLIM),
     'resnet_detached_Skip': dict(backbone='resnet', mode='detached', operator=dict(type='Skip')),
     'swin_coupled': dict(backbone='swin', mode='coupled'),
     'vit_detached': dict(backbone='vit', mode='detached'),
@@ -53,10 +57,10 @@ RUNS = {
 }
 
 
-def build(backbone: str, mode: str, operator: dict | None = None, **more: Any) -> nn.Module:
+def build(backbone: str, mode: str, operator: dict | None = None, every: int = 1, **more: Any) -> nn.Module:
     """A small backbone with some replaced blocks, in training and in float64."""
     torch.manual_seed(0)
-    replacement = dict(plan=dict(type='EveryKth', k=2), operator=operator, gradient=dict(mode=mode, every=1))
+    replacement = dict(plan=dict(type='EveryKth', k=2), operator=operator, gradient=dict(mode=mode, every=every))
     model = MODELS.build(copy.deepcopy(dict(BACKBONES[backbone], replacement=replacement, **more)))
     model.train()
     return model.double()
@@ -73,6 +77,7 @@ def share(batch: Tensor, rank: int, world: int) -> Tensor:
 def train(model: nn.Module, rank: int, world: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for step in range(STEPS):
+        set_step_(model, step)
         outs = model(share(images(step), rank, world))
         optimizer.zero_grad()
         sum(out.square().mean() for out in outs).backward()

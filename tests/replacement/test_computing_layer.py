@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from mmengine.model import ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -27,13 +27,6 @@ def test_state_is_the_kept_tensors_all_buffers_and_the_coefficients(toy_net, rep
     storages = [tensor.data_ptr() for tensor in net.state_dict().values()]
     assert len(set(storages)) == len(storages)
     assert [name for name, _ in net.layer2[2].named_children()] == ['conv1', 'norm1', 'conv2', 'norm2', 'act']
-
-
-def test_state_dict_round_trip_restores_outputs(replaced, randomise_, image):
-    source, target = replaced().eval(), randomise_(replaced(), seed=9).eval()
-    assert not torch.allclose(source(image), target(image))
-    target.load_state_dict(source.state_dict())
-    assert torch.equal(source(image), target(image))
 
 
 def test_buffers_are_the_removed_blocks_own_and_move_in_training(toy_net, image):
@@ -153,13 +146,6 @@ def test_cast_leaves_outputs_equal(replaced, image):
     torch.testing.assert_close(actual.float(), expected, rtol=1e-5, atol=1e-5)
 
 
-@modes
-def test_autocast_equals_the_materialized_model(replaced, mode, image):
-    net = replaced(gradient=dict(mode=mode)).eval()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        torch.testing.assert_close(net(image), materialize(net)(image))
-
-
 @duplicates
 def test_a_copy_has_equal_outputs_and_a_life_of_its_own(replaced, duplicate, image, assert_same_state):
     net = replaced().eval()
@@ -177,24 +163,6 @@ def test_a_copy_has_equal_outputs_and_a_life_of_its_own(replaced, duplicate, ima
     for each in (net, twin):
         each.train()(image)
     assert_same_state(twin.state_dict(), net.state_dict())
-
-
-def test_ema_averages_what_learns_and_its_layers_use_it(replaced):
-    net = replaced()
-    ema = ExponentialMovingAverage(net, momentum=0.25)
-    expected = None
-    for step in range(3):
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.add_(0.1 * (step + 1))
-        ema.update_parameters(net)
-        now = {name: p.detach().clone() for name, p in net.named_parameters()}
-        expected = now if expected is None else {n: 0.75 * expected[n] + 0.25 * now[n] for n in now}
-    for name, parameter in ema.module.named_parameters():
-        torch.testing.assert_close(parameter, expected[name], msg=name)
-    a, b = expected['layer2.2.coeff']
-    torch.testing.assert_close(ema.module.layer2[2].weights()['conv1.weight'],
-                               a * expected['layer2.1.conv1.weight'] + b * expected['layer2.4.conv1.weight'])
 
 
 @pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm])

@@ -244,8 +244,7 @@ def test_bfloat16_autocast_kept_blocks_and_gates_get_their_gradient(toy_net, ran
     found, leaves = {}, {}
     for settled, low in ((True, True), (False, True), (False, False)):
         net = toy_net()
-        replace_blocks_(net, dict(plan=LEARNED, fusion=dict(type='SharedWeights', side='after'),
-                                  gradient=dict(mode='coupled')))
+        replace_blocks_(net, dict(plan=LEARNED, fusion=dict(type='SharedWeights'), gradient=dict(mode='coupled')))
         randomise_(net).eval()
         leaves[settled, low] = draw(net, GATES, settled)
         with torch.autocast('cpu', torch.bfloat16, enabled=low):

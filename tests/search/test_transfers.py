@@ -205,12 +205,3 @@ def test_a_resumed_search_goes_on_with_the_same_gates(tmp_path):
     assert resumed.best() == search.best()
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter, other.get_parameter(name)), name
-
-
-def test_a_state_of_another_search_is_refused():
-    net = backbone(transfer=dict(type='SWR', budget=0.1))
-    state = begin_search(net, 16).state_dict()
-    with pytest.raises(ValueError, match='16 steps and would now take 17'):
-        begin_search(net, 17).load_state_dict(state)
-    with pytest.raises(ValueError, match='for other blocks or tensors'):
-        begin_search(backbone(transfer=dict(type='SWR', budget=0.1), depth=34), 16).load_state_dict(state)

@@ -13,7 +13,7 @@ class LearningStepsHook(Hook):
 
     A resumed training then has its blocks learn in the same iterations as one that was never interrupted, and all
     iterations cost alike. In a model that is compiled (``compile`` of the config) all blocks learn in the same
-    iterations, so that it has two graphs. Without this hook every block draws its iterations at random.
+    iterations, so that it has two graphs. Without this hook they learn in every iteration.
     """
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
