@@ -61,7 +61,9 @@ CASES = (
     *(Case(config, 'backbone', (320, 320), variants=TIMED) for config in (MASK_R50, MASK_R101, SWIN_T, VIT_B)),
     *(Case(config, 'backbone', (640, 640), variants=TIMED) for config in (MASK_R50, MASK_R101)),
 )
-COUNT_ONLY = tuple(replace(case, variants=COUNTED) for case in CASES[:4])
+LARGE = ('baseline', 'folded', *(name + fold for fold in ('', FOLD) for name in ('skip', 'every-8', 'recompute', 'slim')))
+COUNT_ONLY = (*(replace(case, variants=COUNTED) for case in CASES[:4]),
+              Case(MASK_R50, 'backbone', (800, 1344), variants=LARGE))
 VIEWS = {'alias', 'as_strided', 'detach', 'empty', 'expand', 'is_set_to', 'permute', 'select', 'slice', 'split',
          'split_with_sizes', 'squeeze', 't', 'transpose', 'unbind', 'unsqueeze', 'view', '_reshape_alias',
          '_unsafe_view'}
