@@ -13,6 +13,7 @@ Every k-th block of a stage is replaced, or of the whole ViT; k is 4, as in the 
     baseline        nothing replaced
     rl-v1           RL-v1, detached, learning in one of eight steps
     rl-v1-coupled   RL-v1, the neighbours learn from the replaced block, too
+    rl-v1-attention the same, but the MLPs keep their weights, as in the paper; for the ViT
     rl-v2           a light operator: SlimBlock, learning in one of eight steps
     rl-v2-every-1   the same, learning in every step
     rl-v2-coupled   the same, the neighbours learn from it, too
@@ -40,7 +41,7 @@ from typing import Any
 import torch
 
 from cifar_runs.images import Data, read
-from cifar_runs.networks import ARMS, NETWORKS
+from cifar_runs.networks import ARMS, NETWORKS, ONLY_FOR
 from cifar_runs.page import page
 from cifar_runs.training import Recipe, Run, train
 from command_line import Parser, above_zero, positive
@@ -168,7 +169,7 @@ def main() -> None:
     done = {(row['network'], row['arm'], row['seed']) for row in results['rows']}
     wanted = [(network, arm, seed) for network, seed, arm in product(
         [name for name in NETWORKS if name in args.models], range(args.seeds),
-        [name for name in ARMS if name in args.arms])]
+        [name for name in ARMS if name in args.arms]) if ONLY_FOR.get(arm, network) == network]
     runs = [Run(*each) for each in wanted if each not in done]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for row in all_rows(runs, recipe, args.images, args.jobs, begin + 60 * args.minutes):

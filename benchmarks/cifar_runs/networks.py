@@ -10,6 +10,7 @@ ARMS = {
     'baseline': None,
     'rl-v1': dict(gradient=dict(mode='detached', every=8)),
     'rl-v1-coupled': dict(gradient=dict(mode='coupled')),
+    'rl-v1-attention': dict(operator=dict(type='FullBlock', only='attn'), gradient=dict(mode='coupled')),
     'rl-v2': dict(operator=dict(type='SlimBlock', width=0.25)),
     'rl-v2-every-1': dict(operator=dict(type='SlimBlock', width=0.25), gradient=dict(every=1)),
     'rl-v2-coupled': dict(operator=dict(type='SlimBlock', width=0.25), gradient=dict(mode='coupled')),
@@ -20,6 +21,8 @@ ARMS = {
     'narrower': None,
 }
 """The replacement's settings besides the plan, by the arm's name; None replaces nothing."""
+ONLY_FOR = {'rl-v1-attention': 'vit'}
+"""Arms that fit one network alone."""
 AS_CHEAP_AS = {'shorter': 'skip', 'narrower': 'rl-v2-coupled'}
 """What else saves cost: fewer steps, and narrower stages, until a training costs what that of another arm does."""
 CLASSES = 10
