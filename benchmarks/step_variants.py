@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 import rl_mmdet  # noqa: F401
 from rl_mmdet.engine import build_model
+from rl_mmdet.engine.config import for_one_process
 from training_step import TrainingStep, backbone_step, detector_step
 from zoo.configs import ROOT as MMDET_CONFIGS
-from zoo.configs import read_config, with_few_regions, without_synchronisation
+from zoo.configs import read_config, with_few_regions
 from zoo.swap import rl_twin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +111,7 @@ def read_model(config: str) -> tuple[dict, str]:
     found = read_config(str(path.resolve()))
     if found.model is None or 'backbone' not in found.model:
         return {}, found.reason or 'its model has no backbone'
-    model = without_synchronisation(found.model)
+    model = for_one_process(found.model)
     for setting in ('replacement', 'fold_norm'):
         model['backbone'].pop(setting, None)
     if model.get('data_preprocessor'):

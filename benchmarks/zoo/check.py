@@ -18,10 +18,11 @@ from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
 from rl_mmdet.engine import UserError, build_model
+from rl_mmdet.engine.config import for_one_process
 from rl_mmdet.replacement import computing_layers, set_step_
 
 from .batches import keep_size_, prediction_batch, trained_part, training_batch
-from .configs import ZooConfig, number_of_classes, read_config, with_few_regions, without_synchronisation
+from .configs import ZooConfig, number_of_classes, read_config, with_few_regions
 from .reasons import short_reason
 from .swap import plans_that_fit, swap_backbones
 
@@ -73,7 +74,7 @@ def check_steps(config: str | ZooConfig, quick: bool = False) -> Iterator[Result
     config = read_config(config) if isinstance(config, str) else config
     result = Result(config.name, FAILS, reason=config.reason)
     if config.model is not None:
-        model = without_synchronisation(with_few_regions(config.model) if quick else config.model)
+        model = for_one_process(with_few_regions(config.model) if quick else config.model)
         try:
             size, learning = _run_baseline(model)
             result = replace(result, baseline=RUNS, size=size)

@@ -82,11 +82,6 @@ def read_config(name: str) -> ZooConfig:
     return ZooConfig(name, changed(model, lambda settings: {key: None for key in settings if key in PRETRAINED}))
 
 
-def without_synchronisation(model: Mapping) -> dict:
-    """A copy of a model's config in which BatchNorm works in one process."""
-    return changed(model, lambda settings: dict(type='BN') if settings.get('type') in ('SyncBN', 'MMSyncBN') else {})
-
-
 def with_few_regions(model: Mapping) -> dict:
     """A copy of a model's config that looks at few regions of an image, to spare time."""
     return changed(model, lambda settings: {key: most for key, most in FEW.items()
