@@ -94,8 +94,12 @@ def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
         def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
                      option_string: str | None = None) -> None:
             for value in values:
-                if '=' not in value:
+                key, sign, rest = value.partition('=')
+                if not sign:
                     raise argparse.ArgumentError(self, f'{value!r} isn\'t KEY=VALUE')
+                if rest.startswith(('dict(', '{')):
+                    raise argparse.ArgumentError(self, f'{value!r}: write each key of a dict by itself, as in '
+                                                 f'{key}.type=NAME {key}.other=1')
             super().__call__(parser, namespace, values, option_string)
 
     parser.add_argument('--cfg-options', nargs='+', action=Settings, metavar='KEY=VALUE', help=help)

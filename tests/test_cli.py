@@ -68,6 +68,7 @@ def test_a_tool_says_nothing_but_its_own_words(tmp_path):
 
 @pytest.mark.parametrize(('arguments', 'complaint'), [
     (['--cfg-options', 'a=1', 'load_from'], "argument --cfg-options: 'load_from' isn't KEY=VALUE\n"),
+    (['--cfg-options', "a.plan=dict(type='EveryKth', k=2)"], 'write each key of a dict by itself, as in a.plan.type='),
     (['--ignore-keys', '*head'], "argument --ignore-keys: '*head' is no regular expression (nothing to repeat ")])
 def test_an_option_that_cannot_be_read_is_named(capsys, arguments, complaint):
     parser = argparse.ArgumentParser(parents=[rl_mmdet_cli.config_arguments()])

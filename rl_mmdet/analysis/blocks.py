@@ -6,7 +6,7 @@ from torch import nn
 
 from ..engine import UserError
 from ..engine.preflight import build_model
-from ..engine.preflight.guard import find_class
+from ..engine.preflight.guard import check_arguments, find_class
 from ..replacement import ReplacementReport, find_chains
 from ..replacement.report import describe_blocks, describe_state
 
@@ -38,8 +38,12 @@ def block_table(cfg: Config) -> Table:
 
 
 def backbone_cfg(cfg: Config) -> dict:
-    """``cfg.model.backbone``, or a UserError where it is missing or of an unknown type."""
-    backbone = (cfg.get('model') or {}).get('backbone')
+    """``cfg.model.backbone``, or a UserError where it is missing, misspelt or of an unknown type."""
+    model = cfg.get('model') or {}
+    detector = find_class(MODELS, model.get('type'))
+    if detector is not None:
+        check_arguments('model', model, detector, .8)
+    backbone = model.get('backbone')
     if backbone is None:
         raise UserError('config: model.backbone is missing')
     if find_class(MODELS, backbone.get('type')) is None:

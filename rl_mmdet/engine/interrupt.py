@@ -18,12 +18,23 @@ from .hooks import WholeCheckpointHook
 def saved_when_stopped(runner: Runner) -> Iterator[None]:
     """Within the block, SIGTERM and Ctrl-C let the training end after its iteration, with a checkpoint.
 
+    A process that it forks ends at a SIGTERM as if there were no handler, and leaves Ctrl-C to the training.
+
     Raises:
         KeyboardInterrupt: it has ended; the text says how to go on.
     """
     hook = _StopHook()
     runner.register_hook(hook, priority='LOWEST')
-    before = {number: signal.signal(number, hook.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    process = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            hook.ask(number, frame)
+        elif number == signal.SIGTERM:  # a process that the training has forked, such as one of a pool of an evaluator
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -13,11 +13,19 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from ..models.backbones.rl_backbone import rl_type_of
-from .config import add_import_, add_rl_defaults_, load_config, nested_dicts, type_name, uses_replacement
+from .config import (
+    add_import_,
+    add_rl_defaults_,
+    for_one_process,
+    load_config,
+    nested_dicts,
+    type_name,
+    uses_replacement,
+)
 from .errors import UserError
 from .files import check_new_file, write_text
 from .preflight import build_model
-from .preflight.annotations import INSTANCE_KEYS, check_annotations, read_annotations
+from .preflight.annotations import INSTANCE_KEYS, VAL_KEYS, check_annotations, read_annotations
 from .preflight.guard import find_class, named
 
 EXAMPLE = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
@@ -63,7 +71,8 @@ def write_new_configs(base: str, train: str, val: str, images: Sequence[str] = (
     """
     if len(images) > 2:
         raise UserError(f'--images: one folder, or two (of the train and the val set), are allowed, got {len(images)}')
-    data = [_read(path, folder) for path, folder in zip((train, val), [*images, *images][-2:] or ['', ''], strict=True)]
+    folders = [*images, *images][-2:] or ['', '']
+    data = [_read(train, folders[0], INSTANCE_KEYS), _read(val, folders[1], VAL_KEYS)]
     if data[0].classes != data[1].classes:
         raise UserError(f'--coco: both need the same categories in the same order; {train} has '
                         f'{data[0].classes}, {val} has {data[1].classes}')
@@ -87,11 +96,11 @@ def write_new_configs(base: str, train: str, val: str, images: Sequence[str] = (
     return NewConfigs(*files, remarks)
 
 
-def _read(path: str, folder: str) -> _Coco:
+def _read(path: str, folder: str, keys: Sequence[str]) -> _Coco:
     """What is in an annotation file; a UserError if MMDetection can't read that, or its images aren't found."""
     with named('--coco'):
         content = read_annotations(path)
-        check_annotations(path, content, None, INSTANCE_KEYS)
+        check_annotations(path, content, None, keys)
     files = [image['file_name'] for image in content['images']]
     names = [category['name'] for category in content.get('categories') or []]
     objects = content.get('annotations') or []
@@ -212,7 +221,7 @@ def _replaced(baseline: Config, steps: int | None) -> Config:
         add_import_(cfg)
         cfg.model.backbone.update(rl_type, replacement=dict(plan=dict(type='EveryKth', k=k), **settings))
         try:
-            build_model(deepcopy(cfg))
+            build_model(Config(for_one_process(cfg._cfg_dict)))
         except UserError as error:
             refused = error
         else:

@@ -254,7 +254,8 @@ def describe_replaceable(chains: dict[str, Chain]) -> str:
     named = [f'{name}: {chain.replaceable()}' for name, chain in chains.items() if chain.replaceable()]
     if named:
         return 'blocks that can be replaced: ' + ', '.join(named)
-    reasons = dict.fromkeys(chain.why_not(len(chain) // 2) for chain in chains.values() if not chain.frozen)
+    learning = [chain for chain in chains.values() if not chain.frozen] or chains.values()
+    reasons = dict.fromkeys(chain.why_not(len(chain) // 2) for chain in learning)
     return 'blocks that can be replaced: none' + (f' ({"; ".join(reasons)})' if reasons else '')
 
 

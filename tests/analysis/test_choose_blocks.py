@@ -102,6 +102,7 @@ def test_table_has_every_block_with_its_error_or_reason(tiny_config, saved):
     ({'model.backbone.replacement.fusion.type': 'Nothing'}, {}, "unknown type 'Nothing'; allowed: OwnWeights"),
     ({'model.backbone.replacement.fusion.init': 'x'}, {}, 'init must be a finite number'),
     ({'model.backbone': None}, {}, 'model.backbone is missing'),
+    ({'model.bakbone.depth': 18}, {}, "doesn't read it; did you mean backbone"),
     ({'model.backbone.type': 'NoNet'}, {}, "unknown type 'NoNet'"),
     ({'train_dataloader': None}, {}, 'it has no train_dataloader'),
     ({'train_dataloader.dataset': dict(type='CocoDataset', data_root='nowhere/', ann_file='train.json',

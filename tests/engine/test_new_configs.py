@@ -97,6 +97,8 @@ def test_a_head_that_weighs_its_classes_gets_as_many_weights(write):
     (coco(4), coco(4), dict(images=['elsewhere']), "--images elsewhere: 0.png, the first image of .* isn't in"),
     (coco(4), coco(4), dict(images=['a', 'b', 'c']), '--images: one folder, or two .* got 3'),
     (coco(4), coco(4), dict(base='mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'), 'learns masks'),
+    (coco(4), dict(coco(4), annotations=[dict(id=1, image_id=0, category_id=3, bbox=[8, 8, 30, 30], area=900)]), {},
+     "annotation 1 has no 'iscrowd'"),
     (coco(4), coco(4), dict(base='mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py'), 'must have one CocoDataset'),
 ])
 def test_what_does_not_fit_is_refused_and_nothing_is_written(write, train, val, options, complaint):

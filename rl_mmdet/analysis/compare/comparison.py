@@ -194,7 +194,7 @@ def parse_variants(given: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
     reader = argparse.ArgumentParser()
     reader.add_argument('--cfg-options', nargs='*', action=DictAction, default={})
     for name, *changes in given:
-        wrong = [change for change in changes if not re.match(r'[\w.]+=', change)]
+        wrong = [change for change in changes if not re.match(r'[\w.]+=(?!dict\(|{)', change)]
         if wrong or '=' in name:
             raise UserError(f'--variant NAME KEY=VALUE ...: got {wrong[0] if wrong else name!r}')
         if name in found:

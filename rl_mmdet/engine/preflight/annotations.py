@@ -12,7 +12,9 @@ from ..errors import UserError
 IMAGE_KEYS = ('id', 'file_name', 'height', 'width')
 CATEGORY_KEYS = ('id', 'name')
 INSTANCE_KEYS = ('id', 'image_id', 'category_id', 'bbox', 'area')
-"""What MMDetection's ``CocoDataset`` reads; pycocotools reads ``iscrowd`` as well."""
+"""What MMDetection's ``CocoDataset`` reads."""
+VAL_KEYS = (*INSTANCE_KEYS, 'iscrowd')
+"""What pycocotools reads as well."""
 
 
 def read_annotations(path: str, must: bool = True) -> dict[str, Any] | None:
@@ -72,7 +74,8 @@ def check_annotations(path: str, content: Mapping[str, Any], classes: Sequence[s
         raise UserError(f'{path}: annotation {wrong["id"]} has the bbox {wrong["bbox"]!r}; it must be four '
                         'numbers, x, y, width and height in pixels') from None
     limits = np.array([sizes[instance['image_id']] for instance in instances], dtype=float)
-    outside = ((corners[:, :2] >= limits) | (corners[:, :2] + corners[:, 2:] <= 0)).any(1)
+    empty = (corners[:, 2:] <= 0).any(1)  # MMDetection leaves these out
+    outside = ((corners[:, :2] >= limits) | (corners[:, :2] + corners[:, 2:] <= 0)).any(1) & ~empty
     for wrong, what in ((~np.isfinite(corners).all(1), 'not finite'), (outside, 'outside of their image')):
         if wrong.any():
             first = instances[int(wrong.argmax())]

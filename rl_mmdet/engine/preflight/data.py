@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ...datasets import DigitScenesDataset
 from ..config import nested_dicts, type_name
 from ..errors import UserError
-from .annotations import INSTANCE_KEYS, check_annotations, cut, read_annotations
+from .annotations import INSTANCE_KEYS, VAL_KEYS, check_annotations, cut, read_annotations
 from .guard import find_class, named, reason_of
 
 IMAGE_FOLDERS = ('ImageNet', 'CustomDataset')
@@ -161,7 +161,7 @@ def _check_content(path: str, content: Mapping[str, Any], node: Mapping[str, Any
     if isinstance(classes, str) and not osp.isfile(classes):
         raise UserError(f'{setting}.metainfo.classes must be a tuple of names such as ({classes!r},), or a file of '
                         f'names, got {classes!r}')
-    keys = INSTANCE_KEYS + (() if setting.startswith('train') else ('iscrowd',))
+    keys = INSTANCE_KEYS if setting.startswith('train') else VAL_KEYS
     with named(f'{setting}.ann_file'):
         check_annotations(path, content, classes if boxes and not isinstance(classes, str) else None,
                           keys if boxes else ())

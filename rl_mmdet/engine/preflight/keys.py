@@ -2,6 +2,7 @@
 import inspect
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from mmdet.registry import TASK_UTILS
@@ -46,6 +47,10 @@ LOOKED_FOR = {
 """Settings in whose dicts MMDetection and MMEngine look for these keys, and leave all others alone."""
 NOTHING_ELSE = ('auto_scale_lr', 'env_cfg')
 """Those that have no use for any other key."""
+PACKAGES = {'WandbVisBackend': ('wandb', ), 'TensorboardVisBackend': ('tensorboard', 'tensorboardX'),
+            'MLflowVisBackend': ('mlflow', ), 'ClearMLVisBackend': ('clearml', ), 'NeptuneVisBackend': ('neptune', ),
+            'DVCLiveVisBackend': ('dvclive', ), 'AimVisBackend': ('aim', )}
+"""What MMEngine's backends import when a run begins, each any of these."""
 CLOSE = .85
 """How much alike a key and a known one must be for it to be a misspelt one."""
 
@@ -107,6 +112,11 @@ def _check_values(cfg: Config) -> None:
     name = (cfg.get('visualizer') or {}).get('name', 'visualizer')
     if not isinstance(name, str):
         raise UserError(f'visualizer.name must be a text, got {name!r}')
+    for backend in (cfg.get('visualizer') or {}).get('vis_backends') or ():
+        packages = PACKAGES.get(type_name(backend), ())
+        if packages and not any(map(find_spec, packages)):
+            raise UserError(f'visualizer.vis_backends: {type_name(backend)} needs the package {packages[0]}, which '
+                            f'isn\'t installed; pip install {packages[0]}, or leave that backend out')
     sampler = (cfg.get('train_dataloader') or {}).get('sampler') or {}
     if type_name(sampler) in ENDLESS and (cfg.get('train_cfg') or {}).get('by_epoch', 'max_epochs' in (
             cfg.get('train_cfg') or {})):

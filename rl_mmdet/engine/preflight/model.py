@@ -6,13 +6,14 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
+from torch.distributed import is_initialized
 
 from ...folding.fold_norm import FoldingConv2d
 from ...models.layouts import take_wrapped_
 from ...models.timm_models import norms_with_more
 from ...replacement import computing_layers
 from ...replacement.start import LoadReport
-from ..config import type_name
+from ..config import for_one_process, type_name
 from ..errors import UserError
 from ..reading import safe_reading
 from .guard import built
@@ -35,8 +36,10 @@ def build_model(cfg: Config, allow_pickle: bool = False) -> nn.Module:
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     if cfg.get('model') is None:
         raise UserError('config: it has no model')
+    alone = cfg.get('launcher', 'none') == 'none' or is_initialized()  # else mmcv's SyncBN finds no group yet
     with safe_reading(allow_pickle):
-        model = built(cfg, 'model', lambda cfg: MODELS.build(cfg.model), must=True)
+        model = built(cfg, 'model', lambda cfg: MODELS.build(cfg.model if alone else for_one_process(cfg.model)),
+                      must=True)
     if 'runner_type' not in cfg:
         take_wrapped_(model)  # as in the runner
     return model

@@ -53,7 +53,7 @@ def check_schedule(cfg: Config) -> None:
     for place, node, registry in _typed(cfg):
         cls = find_class(registry, node.get('type'))
         if cls is not None:
-            _check_kinds(place, node, cls)
+            _check_kinds(place, node, cls, whole=registry is not PARAM_SCHEDULERS)
     _check_workers((cfg.get('env_cfg') or {}).get('mp_cfg') or {})
     for name in cfg.get('default_hooks') or {}:
         if name not in DEFAULT_HOOKS and close(name, DEFAULT_HOOKS, .8):
@@ -132,24 +132,27 @@ def _typed(cfg: Config) -> Iterator[tuple[str, Mapping, Registry]]:
                 yield f'{section}.{name}'.rstrip('.'), node, registry
 
 
-def _check_kinds(place: str, node: Mapping, cls: Any) -> None:
-    """Compare values with a class's type annotations, where these are plain."""
+def _check_kinds(place: str, node: Mapping, cls: Any, whole: bool = True) -> None:
+    """Compare values with a class's type annotations, where these are plain; a default value is always right.
+
+    ``whole=False`` takes numbers of any kind for integers: schedulers do, as for half an epoch.
+    """
     check_arguments(place, node, cls, .8)
     for name, parameter in parameters_of(cls).items():
         hint = parameter.annotation
-        if name in node and not _fits(node[name], hint):
+        if name in node and node[name] is not parameter.default and not _fits(node[name], hint, whole):
             shown = getattr(hint, '__name__', str(hint)) if not get_args(hint) else str(hint).replace('typing.', '')
             raise UserError(f'{place}.{name} must be {shown}, got {shorten(node[name])}')
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: Any, hint: Any, whole: bool = True) -> bool:
     """Whether a value is of an annotated type; True for annotations that this doesn't know."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if hint is int:
+        return any(_fits(value, one, whole) for one in get_args(hint))
+    if hint is int and whole:
         return isinstance(value, int)
-    if hint is float:
+    if hint in (int, float):
         return isinstance(value, (int, float))
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)

@@ -139,6 +139,10 @@ def test_coupled_checkpointed_blocks_on_several_gpus_need_a_static_graph(tiny):
                           launcher='pytorch'))
 
 
+def test_norms_that_are_synchronised_by_mmcv_pass_where_processes_will_be_there(tiny):
+    inspect_training(tiny(backbone("norm_cfg=dict(type='MMSyncBN')"), launcher='pytorch'))
+
+
 def test_data_chosen_by_number_or_by_class_are_taken(tiny):
     check_training(tiny("train_dataloader.update(dataset=dict(indices=[4, 2, 5]), sampler=dict("
                         "_delete_=True, type='ClassAwareSampler', num_sample_class=1))"))

@@ -38,6 +38,7 @@ MISTAKES = {
     'path': ({'train_dataloader.dataset.ann_file': 0.5}, 'train_dataloader.dataset.ann_file must be a path, got 0.5'),
     'folder': ({'train_dataloader.dataset.data_prefix.img': [1]}, 'dataset.data_prefix.img must be a path, got [1]'),
     'root': ({'train_dataloader.dataset.data_root': 1}, 'train_dataloader.dataset.data_root must be a path, got 1'),
+    'backend': ({'visualizer.vis_backends': [dict(type='NeptuneVisBackend')]}, 'NeptuneVisBackend needs the package '),
     'log level': (dict(log_level=[1]), 'log_level: unknown level [1]'),
     'not a count': ({'train_dataloader.batch_size': float('nan')}, 'must be an integer of at least 1, got nan'),
     'empty type': ({'default_hooks.logger.type': ''}, 'default_hooks'),
@@ -123,6 +124,19 @@ def test_the_type_of_a_class_with_a_dtype_is_no_misspelling(check):
 def test_a_schedule_by_iterations_knows_the_real_length_of_an_epoch(check):
     check(dict(param_scheduler=[dict(type='LinearLR', start_factor=.1, by_epoch=False, begin=0, end=1),
                                 dict(type='CosineAnnealingLR', by_epoch=False, begin=1)]))
+
+
+def test_what_mmengine_takes_though_annotations_say_otherwise_passes(check):
+    check({'param_scheduler': [dict(type='LinearLR', start_factor=.1, begin=0, end=.5, convert_to_iter_based=True)],
+           'default_hooks.visualization': dict(type='DetVisualizationHook', backend_args=None)})
+
+
+def test_an_empty_box_which_mmdetection_leaves_out_passes(check, kangaroos, tmp_path):
+    content = json.loads((kangaroos / 'train.json').read_text())
+    content['annotations'].append(dict(content['annotations'][0], id=99, bbox=[0, 0, 0, 0], area=0))
+    path = tmp_path / 'annotations.json'
+    path.write_text(json.dumps(content))
+    check({'train_dataloader.dataset.ann_file': str(path)})
 
 
 def first(kind, **change):
