@@ -132,6 +132,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, help='the page and its data, without suffix (default: docs/results/cifar, '
                         'with --small work_dirs/cifar_small)')
     args = parser.parse_args()
+    if all(ONLY_FOR.get(arm, network) != network for arm in args.arms for network in args.models):
+        parser.error(f'--arms {" ".join(args.arms)} fits none of --models {" ".join(args.models)}; allowed: '
+                     + ', '.join(f'{arm} with {network}' for arm, network in ONLY_FOR.items()))
     for name, value in (SMALL if args.small else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -54,15 +54,15 @@ from zoo.reasons import short_reason
 
 COUNTS = {'flops': 'FLOPs', 'saved': 'saved bytes', 'peak': 'peak memory', 'time': 'time'}
 NAMES = ('baseline', 'folded', *(name + fold for fold in ('', FOLD) for name in VARIANTS if name != 'baseline'))
-SOME = ('skip', 'every-8', 'recompute', 'slim')
+ALSO_FOLDED = ('skip', 'every-8', 'recompute', 'slim')
 COUNTED = ('baseline', 'folded', 'skip', 'every-1', 'every-8', 'recompute', 'slim', 'slim-kept', 'slim-coupled',
-           'frozen', 'checkpoint', *(name + FOLD for name in SOME))
+           'frozen', 'checkpoint', *(name + FOLD for name in ALSO_FOLDED))
 TIMED = ('baseline', 'skip', 'every-1', 'every-8', 'slim')
 CASES = (
     *(Case(config, 'backbone', (320, 320), variants=TIMED) for config in (MASK_R50, MASK_R101, SWIN_T, VIT_B)),
     *(Case(config, 'backbone', (640, 640), variants=TIMED) for config in (MASK_R50, MASK_R101)),
 )
-LARGE = ('baseline', 'folded', *SOME, *(name + FOLD for name in SOME))
+LARGE = ('baseline', 'folded', *ALSO_FOLDED, *(name + FOLD for name in ALSO_FOLDED))
 COUNT_ONLY = (*(replace(case, variants=COUNTED) for case in CASES[:4]),
               Case(MASK_R50, 'backbone', (800, 1344), variants=LARGE))
 VIEWS = {'alias', 'as_strided', 'detach', 'empty', 'expand', 'is_set_to', 'permute', 'select', 'slice', 'split',

@@ -25,16 +25,7 @@ def saved_when_stopped(runner: Runner) -> Iterator[None]:
     """
     hook = _StopHook()
     runner.register_hook(hook, priority='LOWEST')
-    process = os.getpid()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == process:
-            hook.ask(number, frame)
-        elif number == signal.SIGTERM:  # a process that the training has forked, such as one of a pool of an evaluator
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, hook.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -48,15 +39,26 @@ class _StopHook(Hook):
     Of several processes, of which not all may have been asked, each asks the others in every tenth iteration.
 
     Attributes:
+        process: the id of the training's process.
         asked: whether this process is to stop.
         running: whether there is something to save.
     """
 
     def __init__(self) -> None:
+        self.process = os.getpid()
         self.asked = self.running = False
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        """The signals' handler. Before the first iteration, and at a second Ctrl-C, the training stops at once."""
+        """The signals' handler. Before the first iteration, and at a second Ctrl-C, the training stops at once.
+
+        Processes that the training forks inherit it: SIGTERM ends them, as an evaluator's pool does, and Ctrl-C is left
+        to the training.
+        """
+        if os.getpid() != self.process:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         if not self.running or self.asked and number == signal.SIGINT and not is_distributed():
             raise KeyboardInterrupt
         if is_main_process() and not self.asked:

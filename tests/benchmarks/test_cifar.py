@@ -100,6 +100,7 @@ def test_trainings_side_by_side_are_processes(run):
     (('--train-images', 17), '--train-images 17: '),
     (('--models', 'resnet50'), "choose from 'resnet32', 'resnet20', 'vit', 'resnet110'"),
     (('--arms', 'rl'), "choose from 'baseline', 'rl-v1'"),
+    (('--models', 'resnet20', '--arms', 'rl-v1-attention'), 'fits none of --models resnet20; allowed: rl-v1-'),
     (('--device', 'cuda'), 'torch finds no GPU here; allowed: cpu'),
     (('--jobs', 0), "'0' is no integer of at least 1"),
     (('--minutes', -1), "'-1' is no number above 0")])

@@ -21,7 +21,6 @@ def test_a_forked_process_ends_at_sigterm_and_leaves_ctrl_c_to_the_training():
         processes = [multiprocessing.get_context('fork').Process(target=time.sleep, args=(2,)) for _ in range(2)]
         for process, number in zip(processes, (signal.SIGTERM, signal.SIGINT), strict=True):
             process.start()
-            time.sleep(.2)
             os.kill(process.pid, number)
         for process in processes:
             process.join(10)

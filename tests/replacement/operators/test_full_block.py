@@ -49,6 +49,16 @@ def gone(keys, only=ONLY) -> set[str]:
     return {key for key in keys if key.startswith(tuple(f'{name}.{part}.' for name in NAMES for part in only))}
 
 
+@pytest.mark.parametrize('only', ['conv2', ONLY, ['norm1']])
+def test_only_the_named_submodules_lose_their_parameters(build, toy_net, only):
+    baseline, net = toy_net(), build(only)
+    buffers = {name for name, _ in baseline.named_buffers()}
+    missing = gone(baseline.state_dict(), [only] if isinstance(only, str) else only) - buffers
+    assert missing
+    assert set(net.state_dict()) == set(baseline.state_dict()) - missing | {f'{name}.coeff' for name in NAMES}
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
 def test_materialized_it_is_the_baseline_with_the_same_outputs_and_its_own_tensors(build, toy_net, image):
     net = build()
     plain = materialize(net)
@@ -82,6 +92,16 @@ def test_all_norms_of_the_block_want_new_statistics(build):
     net = build().eval()
     assert {id(norm) for norm in stale_norms(net)} == {
         id(norm) for name in NAMES for norm in (net.get_submodule(name).norm1, net.get_submodule(name).norm2)}
+
+
+def test_a_copy_has_a_life_of_its_own(build, image, randomise_):
+    net = build().eval()
+    twin, expected = copy.deepcopy(net), net(image)
+    assert torch.equal(twin(image), expected)
+    randomise_(net, seed=4)
+    assert torch.equal(twin(image), expected)
+    randomise_(twin, seed=4)
+    assert torch.equal(twin(image), net(image))
 
 
 def test_parameters_of_the_block_itself_stay_its_own(scaled):
