@@ -196,7 +196,8 @@ def parse_variants(given: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
     for name, *changes in given:
         wrong = [change for change in changes if not re.match(r'[\w.]+=(?!dict\(|{)', change)]
         if wrong or '=' in name:
-            raise UserError(f'--variant NAME KEY=VALUE ...: got {wrong[0] if wrong else name!r}')
+            raise UserError(f'--variant NAME KEY=VALUE ...: got {wrong[0] if wrong else name!r}'
+                            + ('; write each key of a dict by itself' if wrong and '=' in wrong[0] else ''))
         if name in found:
             raise UserError(f'--variant {name} is there twice')
         found[name] = reader.parse_args(['--cfg-options', *changes]).cfg_options if changes else {}
