@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.synchronize import Event
 
 from rl_mmdet.engine import saved_when_stopped
 
@@ -14,15 +15,23 @@ class Runner:
         self.hook = hook
 
 
+def work(started: Event) -> None:
+    """What a forked process does."""
+    started.set()
+    time.sleep(2)
+
+
 def test_a_forked_process_ends_at_sigterm_and_leaves_ctrl_c_to_the_training():
-    runner = Runner()
+    runner, fork, exits = Runner(), multiprocessing.get_context('fork'), {}
     with saved_when_stopped(runner):
         runner.hook.running = True
-        processes = [multiprocessing.get_context('fork').Process(target=time.sleep, args=(2,)) for _ in range(2)]
-        for process, number in zip(processes, (signal.SIGTERM, signal.SIGINT), strict=True):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            started = fork.Event()
+            process = fork.Process(target=work, args=(started,))
             process.start()
+            assert started.wait(20)  # Python forgets signals that come while it forks
             os.kill(process.pid, number)
-        for process in processes:
-            process.join(10)
-    assert [process.exitcode for process in processes] == [-signal.SIGTERM, 0]
+            process.join(20)
+            exits[number] = process.exitcode
+    assert exits == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 0}
     assert not runner.hook.asked
