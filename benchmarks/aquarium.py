@@ -58,6 +58,7 @@ VARIANTS = {
     'light-fit-fade-every-8': (*SLIM, FIT, FADE, f'{R}gradient.every=8'),
     'light-fit-fade-coupled': (*SLIM, FIT, FADE, f'{R}gradient.mode=coupled'),
     'best-fit-fade': (*replacing(BEST), *THIN, FIT, FADE),
+    'thinner-fit-fade': (*SLIM, f'{R}operator.width=0.0625', f'{R}fusion.rank=8', FIT, FADE),  # the default width
     'scalar-fit': (*REPLACED, FIT, EVERY_STEP),
     # what a user would do otherwise
     'shared': (*REPLACED, f'{R}fusion.type=SharedWeights', f'{R}gradient.mode=coupled'),

@@ -22,6 +22,7 @@ from rl_mmdet.engine.preflight.model import check_distributed
 from rl_mmdet.models import build_rl_backbone
 from rl_mmdet.models.timm_models import read_timm_weights
 from rl_mmdet.replacement import computing_layers
+from rl_mmdet.replacement.saved_bytes import saved_bytes
 
 EVERY_SECOND = dict(plan=dict(type='EveryKth', k=2))
 NAME = 'resnet50.a1_in1k'
@@ -301,6 +302,20 @@ def test_images_that_the_model_cannot_take_raise():
     model = build_rl_backbone(timm='swin_tiny_patch4_window7_224', embed_dim=8, num_heads=(1, 1, 1, 1))
     with pytest.raises(ValueError, match=r"images of 66x64 pixels don't fit: .*; resize or pad them to a size"):
         model(torch.zeros(1, 3, 66, 64))
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnetv2_50', 'swin_tiny_patch4_window7_224', 'twins_pcpvt_small'])
+def test_with_cp_keeps_less_for_backward_or_is_refused(name):
+    def kept(**settings: Any) -> int:
+        model = build_rl_backbone(timm=name, **settings)
+        return saved_bytes(model, lambda: model(torch.zeros(1, 3, 224, 224)))
+    plain = kept()
+    try:
+        checkpointed = kept(with_cp=True)
+    except ValueError as error:
+        assert str(error).startswith(f'{name}: with_cp=True, but timm {timm.__version__} can\'t checkpoint this model')
+    else:
+        assert name != 'twins_pcpvt_small' and checkpointed < 0.6 * plain
 
 
 # Imports

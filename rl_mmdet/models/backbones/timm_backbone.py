@@ -28,7 +28,7 @@ class TimmBackbone(BaseModule):
         frozen_stages: stages that don't learn: -1 none, 0 the stem, 1 also the first stage and so on, as timm
             groups its parameters; the stages of a plain ViT are its blocks.
         norm_eval: keep BatchNorm in eval mode, so that its statistics stay.
-        with_cp: checkpoint activations.
+        with_cp: checkpoint activations, where timm can.
         pretrained: start from timm's own weights: the same as
             ``init_cfg=dict(type='Pretrained', checkpoint='timm://<name>')``.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with a file in timm's or the original project's layout,
@@ -75,7 +75,7 @@ class TimmBackbone(BaseModule):
             body.head.norm = nn.Identity()
         self.pruned = whole - set(body.state_dict())
         if with_cp:
-            body.set_grad_checkpointing(True)
+            _checkpoint(timm, body)
         self.norm_eval = norm_eval
         # This module and the timm model share their dicts of submodules and tensors, so that the keys are timm's. The
         # tuple keeps the timm model itself from becoming a submodule, which would add its keys a second time.
@@ -178,6 +178,19 @@ def _check_size(name: str, images: Tensor, stride: int) -> None:
     if min(height, width) < stride:
         raise ValueError(f'{name}: images of {height}x{width} pixels are smaller than the stride {stride} of its last '
                          'feature map; enlarge them or drop that map from out_indices')
+
+
+def _checkpoint(name: str, body: nn.Module) -> None:
+    """Have timm checkpoint the model's blocks, or say that it can't."""
+    try:
+        body.set_grad_checkpointing(True)
+    except AssertionError:  # models without checkpoints
+        able = False
+    else:  # timm 1.0.16 keeps a ResNet's flag at the model, where the way to the maps doesn't read it
+        flagged = [module for module in body.modules() if getattr(module, 'grad_checkpointing', False)]
+        able = flagged != [body] or 'grad_checkpointing' in type(body).forward_intermediates.__code__.co_names
+    if not able:
+        raise ValueError(f'{name}: with_cp=True, but timm {version("timm")} can\'t checkpoint this model; leave it out')
 
 
 def _is_plain(maps: Sequence[Mapping[str, Any]]) -> bool:
