@@ -3,8 +3,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..._torch_compat import map_pairs
+from ..._torch_compat import is_compiling, map_pairs
 from ..computing_layer import ComputingLayer
 
 
@@ -14,7 +15,8 @@ class Fade:
     .. math:: h_{out} = B(h) + α\,(C(h) - B(h))
 
     with the removed block B, which doesn't learn, and the computing layer C. Gradients go through both to h. In eval
-    mode the computing layer is alone. As long as it lasts, a step also costs what B costs.
+    mode the computing layer is alone. As long as it lasts, a step also costs two forward runs of B and a backward one,
+    but hardly more memory: B keeps its input alone for backward (:func:`torch.utils.checkpoint.checkpoint`).
 
     Args:
         layer: still has its removed block, which is moved to the layer's device.
@@ -37,7 +39,11 @@ class Fade:
     def _mix(self, layer: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         if not layer.training:
             return out
-        return map_pairs(self._mixture, self.block(*args, **kwargs), out)
+        if is_compiling():  # then the compiler decides what is kept
+            block = self.block(*args, **kwargs)
+        else:  # neither dropout nor statistics that a second run would change: it is in eval mode
+            block = checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return map_pairs(self._mixture, block, out)
 
     def _mixture(self, block: Any, layer: Any) -> Any:
         """Of two tensors of outputs; what else there is among these is the layer's."""

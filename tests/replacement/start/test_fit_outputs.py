@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rl_mmdet.replacement import computing_layers, fit_outputs_, materialize, replace_blocks_
+from rl_mmdet.replacement.saved_bytes import saved_bytes
 from rl_mmdet.replacement.start import Fade, layers_to_fit
 
 PLAN = dict(type='Blocks', blocks={'layer1': [1], 'layer2': [1, 3]})
@@ -177,6 +178,15 @@ def test_a_fade_is_the_same_under(trained, batches, how, error):
                                         for p in layer.own_parameters().values())])
     for plain, other in zip(*results, strict=True):
         assert float((other - plain).norm()) <= error * float(plain.norm())
+
+
+def test_a_fade_keeps_little_more_than_the_layer_alone(trained, batches):
+    net = replaced(trained, operator=dict(type='SlimBlock', width=0.25)).train()
+    fades = [Fade(layer) for layer in computing_layers(net).values()]
+    during = saved_bytes(net, lambda: net(batches[0]), [fade.block for fade in fades])
+    for fade in fades:
+        fade.set_(1)
+    assert during < 1.1 * saved_bytes(net, lambda: net(batches[0]))
 
 
 @pytest.mark.parametrize(('settings', 'message'), [
