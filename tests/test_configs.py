@@ -173,7 +173,9 @@ def test_name_says_which_backbone_and_which_plan(path):
     assert re.sub('-caffe|-p4-w7|-mae', '', match['backbone']) == in_names(backbone)
     assert ('-caffe' in match['backbone']) == (load(path).model.backbone.get('style') == 'caffe')
     offset = dict(offset=0) if backbone == 'ViT-L' else {}
-    assert load(path).model.backbone.replacement == dict(plan=dict(type='EveryKth', k=int(match['k']), **offset))
+    cfg = load(path).model.backbone
+    how = {} if cfg.get('init_cfg') else dict(gradient=dict(mode='coupled'))  # docs/method.md: from scratch
+    assert cfg.replacement == dict(plan=dict(type='EveryKth', k=int(match['k']), **offset), **how)
 
 
 @pytest.mark.parametrize('path', REPLACED, ids=stem)

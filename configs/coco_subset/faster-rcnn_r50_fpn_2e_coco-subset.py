@@ -35,4 +35,5 @@ param_scheduler = [
 ]
 optim_wrapper = dict(optimizer=dict(lr=0.005), clip_grad=dict(max_norm=35, norm_type=2))
 default_hooks = dict(logger=dict(interval=5), checkpoint=dict(max_keep_ckpts=2))
+auto_scale_lr = dict(base_batch_size=2)
 randomness = dict(seed=0)

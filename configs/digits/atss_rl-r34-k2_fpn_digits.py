@@ -1,3 +1,4 @@
 _base_ = ['atss_r34_fpn_digits.py', '../_base_/replacement.py']
-model = dict(backbone=dict(type='RLResNet', replacement=dict(plan=dict(type='EveryKth', k=2))))
+model = dict(backbone=dict(
+    type='RLResNet', replacement=dict(plan=dict(type='EveryKth', k=2), gradient=dict(mode='coupled'))))
 optim_wrapper = dict(constructor='RLOptimWrapperConstructor')

@@ -3,5 +3,5 @@ _base_ = ['swin-tiny_16xb64_in1k.py', '../_base_/replacement.py']
 model = dict(backbone=dict(
     type='mmdet.RLBackbone',
     backbone='mmpretrain.SwinTransformer',
-    replacement=dict(plan=dict(type='EveryKth', k=4))))
+    replacement=dict(plan=dict(type='EveryKth', k=4), gradient=dict(mode='coupled'))))
 optim_wrapper = dict(constructor='RLOptimWrapperConstructor')

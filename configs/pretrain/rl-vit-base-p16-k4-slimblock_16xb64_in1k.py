@@ -1,3 +1,2 @@
 _base_ = 'rl-vit-base-p16-k4_16xb64_in1k.py'
-model = dict(
-    backbone=dict(replacement=dict(operator=dict(type='SlimBlock'), gradient=dict(mode='coupled'))))
+model = dict(backbone=dict(replacement=dict(operator=dict(type='SlimBlock'))))

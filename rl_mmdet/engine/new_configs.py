@@ -5,6 +5,7 @@ import os.path as osp
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +32,11 @@ from .preflight.guard import find_class, named
 EXAMPLE = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 STEPS, MOST_EPOCHS = 5000, 100
 """A training shorter than so many steps gets more epochs, but not more than that."""
-TO_FIT = dict(operator=dict(type='SlimBlock', width=0.25), fusion=dict(type='TransformFusion', rank=16, adapt=True))
-"""What has kept most of pretrained blocks, see docs/pretrained.md."""
+LIGHT = dict(type='SlimBlock', width=0.25)
+TO_FIT = dict(operator=LIGHT, fusion=dict(type='TransformFusion', rank=16), gradient=dict(every=1))
+"""As in configs/_base_/rl_v2_pretrained.py."""
+COUPLED = dict(gradient=dict(mode='coupled'))
+"""What replaced blocks from scratch need, see docs/method.md."""
 
 
 class NewConfigs(NamedTuple):
@@ -85,7 +89,7 @@ def write_new_configs(base: str, train: str, val: str, images: Sequence[str] = (
     _check_base(cfg, masks=all(coco.masks for coco in data))
     baseline = deepcopy(cfg)
     _set_data_(baseline, data, root)
-    remarks, steps = _set_schedule_(baseline, len(data[0].files))
+    remarks, steps = _set_schedule_(baseline, len(data[0].files), base)
     rl = _replaced(baseline, steps)
     os.makedirs(out, exist_ok=True)
     first = base if '::' in base else osp.relpath(base, out)
@@ -171,7 +175,16 @@ def _set_data_(cfg: Config, data: Sequence[_Coco], root: str) -> None:
             cfg[f'{phase}_evaluator'].ann_file = osp.join(root, file)
 
 
-def _set_schedule_(cfg: Config, images: int) -> tuple[list[str], int | None]:
+def _base_batch(cfg: Config, base: str) -> int | None:
+    """Images of a step that the base's learning rate is for: 8xb32 in its name says 256; else what the config says.
+
+    The name goes first: MMDetection's RTMDet inherits a number for another learning rate.
+    """
+    named = re.search(r'_(\d+)xb(\d+)[-_.]', osp.basename(base))
+    return int(named[1]) * int(named[2]) if named else (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+
+
+def _set_schedule_(cfg: Config, images: int, base: str) -> tuple[list[str], int | None]:
     """Scale the learning rate to the batch of one process, and give small sets more epochs.
 
     Returns:
@@ -179,7 +192,7 @@ def _set_schedule_(cfg: Config, images: int) -> tuple[list[str], int | None]:
     """
     loader, optimizer = cfg.train_dataloader, cfg.optim_wrapper.optimizer
     loader.batch_size = batch = min(loader.get('batch_size', 1), images)
-    remarks, base_batch = [], (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+    remarks, base_batch = [], _base_batch(cfg, base)
     schedulers = cfg.get('param_scheduler') or []
     schedulers = [schedulers] if isinstance(schedulers, Mapping) else schedulers
     if base_batch:
@@ -188,7 +201,7 @@ def _set_schedule_(cfg: Config, images: int) -> tuple[list[str], int | None]:
                        f'{optimizer.lr * scale:.6g} for {batch}; on several GPUs add --auto-scale-lr')
         for node, key in ((optimizer, 'lr'), *((each, 'eta_min') for each in schedulers if each.get('eta_min'))):
             node[key] = float(f'{node[key] * scale:.6g}')
-        cfg.auto_scale_lr.base_batch_size = batch
+        cfg.auto_scale_lr = dict(enable=False, base_batch_size=batch)
     else:
         remarks.append(f'learning rate {optimizer.lr:g} and {batch} images a step are the base\'s')
     if 'max_epochs' not in cfg.train_cfg:
@@ -210,16 +223,18 @@ def _set_schedule_(cfg: Config, images: int) -> tuple[list[str], int | None]:
 
 
 def _replaced(baseline: Config, steps: int | None) -> Config:
-    """The baseline with Replacement Learning: the best recipe of those known that its backbone takes."""
+    """The baseline with Replacement Learning: the first of the known recipes that its backbone takes."""
     backbone = baseline.model.backbone
     rl_type = rl_type_of(backbone.type, find_class(MODELS, backbone.type))
-    fitted: dict[str, Any] = {}
+    recipes: list[dict[str, Any]] = [dict(COUPLED, operator=LIGHT), COUPLED]
     if type_name(backbone.get('init_cfg')) == 'Pretrained' or baseline.get('load_from'):
-        fitted = dict(TO_FIT, start=dict(type='FitOutputs', fade=min(1000, (steps or STEPS) // 5)))
-    for k, settings in ((4, fitted), (2, fitted), (2, {})):  # short stages have no 4th block
+        recipes = [dict(TO_FIT, start=dict(type='FitOutputs', fade=min(1000, (steps or STEPS) // 2))), {}]
+    fold = dict(fold_norm=True) if backbone.get('norm_eval') else {}
+    build_model(Config(for_one_process(deepcopy(baseline)._cfg_dict)))  # what is wrong with the base itself
+    for settings, k in product(recipes, (4, 2)):  # short stages have no 4th block
         cfg = deepcopy(baseline)
         add_import_(cfg)
-        cfg.model.backbone.update(rl_type, replacement=dict(plan=dict(type='EveryKth', k=k), **settings))
+        cfg.model.backbone.update(rl_type, replacement=dict(plan=dict(type='EveryKth', k=k), **settings), **fold)
         try:
             build_model(Config(for_one_process(cfg._cfg_dict)))
         except UserError as error:

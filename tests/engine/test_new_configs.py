@@ -41,7 +41,8 @@ def test_both_configs_pass_the_preflight_and_differ_in_the_replacement_alone(wri
     base, rl = (load_config(path, work_dir='work') for path in new[:2])
     assert 'replaced' not in str(check_training(base))
     assert 'blocks replaced' in str(check_training(rl))
-    assert rl.model.backbone.replacement.plan == dict(type='EveryKth', k=4)
+    assert rl.model.backbone.replacement == dict(  # from scratch
+        plan=dict(type='EveryKth', k=4), operator=dict(type='SlimBlock', width=0.25), gradient=dict(mode='coupled'))
     assert rl.custom_imports.imports == ['rl_mmdet'] and rl.optim_wrapper.constructor == 'RLOptimWrapperConstructor'
     assert rl.val_dataloader == base.val_dataloader and rl.train_cfg == base.train_cfg
     assert base.model.roi_head.bbox_head.num_classes == 2 and base.model.rpn_head == rl.model.rpn_head
@@ -60,7 +61,15 @@ def test_a_small_set_gets_a_learning_rate_for_its_batch_and_more_epochs(write):
     assert [each.end for each in cfg.param_scheduler] == [500, 36]
     assert cfg.param_scheduler[1].milestones == [24, 33]
     assert cfg.model.backbone.init_cfg.checkpoint == 'torchvision://resnet50'
-    assert rl.model.backbone.replacement.start.type == 'FitOutputs'
+    recipe = load_config(str(ROOT / 'configs' / '_base_' / 'rl_v2_pretrained.py')).replacement
+    assert rl.model.backbone.fold_norm and rl.model.backbone.replacement == dict(recipe, plan=dict(type='EveryKth', k=4))
+
+
+@pytest.mark.parametrize(('base', 'rate'), [('rtmdet/rtmdet_m_8xb32-300e_coco.py', 0.004 * 32 / 256),
+                                            ('retinanet/retinanet_r50_fpn_1x_coco.py', 0.01 * 2 / 16)])
+def test_the_learning_rate_is_for_the_images_in_the_bases_name_or_in_its_auto_scale_lr(write, base, rate):
+    new = write_new_configs(f'mmdet::{base}', write('train', coco(40)), write('val', coco(2)))
+    assert load_config(new.baseline).optim_wrapper.optimizer.lr == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(('base', 'heads'), [
