@@ -1,6 +1,6 @@
 r"""Fine-tuning from ImageNet weights with blocks replaced: what is lost, and what a fitted start keeps.
 
-Faster R-CNN with MobileNetV2 on Aquarium (configs/aquarium), compared by tools/compare.py. Replaced are 4 of the 14
+Faster R-CNN with MobileNetV2 on Aquarium (configs/aquarium), compared by tools/compare.py. Replaced are 4 of the 17
 blocks in stages, one in each of the last four: what ``EveryKth`` chooses with k = 2, 3 and 4, as these stages have
 three or four blocks. Variants called ``best-...`` replace the four that tools/choose_blocks.py chooses (``BEST``). On
 a CPU core a training of 8 epochs (448 iterations) takes ten minutes and more, one of 54 epochs (3,024 iterations) over
