@@ -72,7 +72,7 @@ def checkpoint_arguments() -> argparse.ArgumentParser:
     parser.add_argument('--allow-pickle', action='store_true',
                         help='read checkpoints that need code to be unpickled; only from sources you trust')
     parser.add_argument('--ignore-keys', nargs='+', default=[], metavar='REGEX', type=_regex,
-                        help='tensors of a checkpoint that may be missing or left over')
+                        help='tensors of a checkpoint that may be missing, left over or of another shape')
     return parser
 
 

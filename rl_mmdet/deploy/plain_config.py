@@ -5,10 +5,11 @@ from typing import Any
 
 import mmdet.registry
 import mmengine.registry
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.config import Config
-from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, Registry
+from mmengine.registry import HOOKS, Registry
 
+from ..engine import RLLayerDecayOptimWrapperConstructor
 from ..engine.config import add_import_, nested_dicts
 from ..engine.preflight.guard import find_class
 from ..engine.search import found_config
@@ -20,13 +21,15 @@ from ..replacement.operators import FullBlock
 from ..replacement.registry import build_setting
 
 PACKAGE = __name__.partition('.')[0]
+NO_OTHER_HAS = (RLLayerDecayOptimWrapperConstructor,)
+"""Types of ours whose settings no class that they extend knows."""
 
 
 def plain_config(cfg: Config) -> tuple[Config, list[str]]:
     """The config that builds what :func:`~rl_mmdet.replacement.materialize` makes of a config's detector.
 
     Backbones are of the type that the RL ones extend, and settings, hooks, constructor and import of rl_mmdet are gone.
-    Backbones from timm, and those whose blocks are light operators now, are still rl_mmdet's.
+    Backbones from timm, those whose blocks are light operators now, and a ViT's layer decay are still rl_mmdet's.
 
     Args:
         cfg: of a trained detector; not changed.
@@ -44,7 +47,8 @@ def plain_config(cfg: Config) -> tuple[Config, list[str]]:
                                 (cfg.get('optim_wrapper') or {}, 'constructor', OPTIM_WRAPPER_CONSTRUCTORS)):
         if node.get(key):
             node[key] = _extended(registry, node[key])
-    types = {str(node.get('type')).rpartition('.')[2] for node in nested_dicts(cfg.to_dict())}
+    types = {str(node.get(key)).rpartition('.')[2] for node in nested_dicts(cfg.to_dict())
+             for key in ('type', 'constructor')}
     needs = sorted(types & _names_of_ours())
     _drop_import_(cfg)
     if needs:
@@ -80,7 +84,7 @@ def _plain(node: Any) -> Any:
 def _extended(registry: Registry, kind: str | type) -> str | type:
     """The name of the registered type that one of ours extends; any other type as it is."""
     cls = find_class(registry, kind)
-    bases = cls.__mro__ if isinstance(cls, type) and _is_ours(cls) else ()
+    bases = cls.__mro__ if isinstance(cls, type) and _is_ours(cls) and cls not in NO_OTHER_HAS else ()
     base = next((base for base in bases if not _is_ours(base) and registry.get(base.__name__) is base), None)
     if base is None:
         return kind

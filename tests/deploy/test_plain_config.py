@@ -48,6 +48,20 @@ def test_what_no_other_package_builds_stays_ours_and_is_named(ours):
     assert cfg.custom_imports.imports == ['rl_mmdet']
 
 
+@pytest.mark.parametrize(('ours', 'plain', 'needs'), [
+    ('RLOptimWrapperConstructor', 'DefaultOptimWrapperConstructor', []),
+    ('RLLearningRateDecayOptimizerConstructor', 'LearningRateDecayOptimizerConstructor', []),
+    ('RLLayerDecayOptimWrapperConstructor', 'RLLayerDecayOptimWrapperConstructor',
+     ['RLLayerDecayOptimWrapperConstructor']),
+])
+def test_learning_rates_stay_what_they_were(ours, plain, needs):
+    paramwise = dict(layer_decay_rate=0.7)
+    cfg, found = plain_config(Config(dict(
+        model=dict(backbone=dict(type='ResNet')), optim_wrapper=dict(constructor=ours, paramwise_cfg=paramwise))))
+    assert cfg.optim_wrapper.to_dict() == dict(constructor=plain, paramwise_cfg=paramwise)
+    assert found == needs
+
+
 def test_all_else_stays_but_for_what_training_with_replacement_has_added(tmp_path):
     found, wanted = (tmp_path / name for name in ('ours.py', 'plain.py'))
     found.write_text(OURS)

@@ -62,7 +62,8 @@ def test_a_small_set_gets_a_learning_rate_for_its_batch_and_more_epochs(write):
     assert cfg.param_scheduler[1].milestones == [24, 33]
     assert cfg.model.backbone.init_cfg.checkpoint == 'torchvision://resnet50'
     recipe = load_config(str(ROOT / 'configs' / '_base_' / 'rl_v2_pretrained.py')).replacement
-    assert rl.model.backbone.fold_norm and rl.model.backbone.replacement == dict(recipe, plan=dict(type='EveryKth', k=4))
+    assert rl.model.backbone.fold_norm
+    assert rl.model.backbone.replacement == dict(recipe, plan=dict(type='EveryKth', k=4))
 
 
 @pytest.mark.parametrize(('base', 'rate'), [('rtmdet/rtmdet_m_8xb32-300e_coco.py', 0.004 * 32 / 256),

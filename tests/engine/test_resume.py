@@ -1,10 +1,12 @@
 """A training that was stopped goes on, from where it was, and ends as if nothing had been."""
 import itertools
 import os
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -170,6 +172,16 @@ def test_with_workers_an_iteration_based_training_counts_its_own_passes_over_the
     hook.batches = SimpleNamespace(epoch=3)
     hook.before_train_epoch(runner)
     assert hook.batches.epoch == 3
+
+
+def test_every_process_draws_numbers_of_its_own_and_the_same_again(monkeypatch):
+    def drawn(rank: int, iteration: int) -> list[float]:
+        monkeypatch.setattr('rl_mmdet.engine.hooks.resume.get_rank', lambda: rank)
+        ResumeHook().before_train_iter(SimpleNamespace(seed=7, iter=iteration), 0)
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+    draws = [drawn(rank, iteration) for rank in (0, 1) for iteration in (0, 1)]
+    assert len({number for each in draws for number in each}) == 12
+    assert drawn(1, 0) == draws[2]
 
 
 def test_folders_with_a_number_for_a_name_are_no_checkpoints(tmp_path):

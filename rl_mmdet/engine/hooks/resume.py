@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
@@ -23,8 +24,8 @@ class ResumeHook(Hook):
     """Let a resumed training be the same as one that was never interrupted.
 
     Every iteration, and the data of every batch, draw random numbers with a seed of their own, computed from the run's
-    seed and their number; so there are no states of generators to keep. A checkpoint from the middle of an epoch goes
-    on with the batches that are left of it.
+    seed, their number and the process's; so there are no states of generators to keep. A checkpoint from the middle of
+    an epoch goes on with the batches that are left of it.
 
     The learning rate and the weight decay are the config's: where the config's rate has changed since the checkpoint,
     the rate that the schedule has come to changes in the same proportion.
@@ -62,7 +63,7 @@ class ResumeHook(Hook):
             self.batches.epoch = runner.epoch
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        seed = seed_from(runner.seed, runner.iter)
+        seed = seed_from(runner.seed, runner.iter, get_rank())
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)

@@ -85,7 +85,7 @@ def _rehearse(cfg: Config, model: nn.Module, *phases: str) -> None:
     """Check the data of some phases and :func:`rehearse` them, in one process of each machine."""
     for phase in phases:
         check_data(cfg, phase)
-    if os.environ.get('LOCAL_RANK', '0') == '0':
+    if os.environ.get('SLURM_LOCALID' if cfg.get('launcher') == 'slurm' else 'LOCAL_RANK', '0') == '0':
         rehearse(cfg, model, *phases)
 
 

@@ -20,6 +20,7 @@ from rl_mmdet.engine import (
     load_config,
 )
 from rl_mmdet.engine.options import enable_tta_
+from rl_mmdet.engine.preflight import checks
 from rl_mmdet.engine.preflight.keys import check_keys
 from rl_mmdet.engine.preflight.schedule import check_schedule
 
@@ -52,6 +53,17 @@ def test_a_good_config_passes_and_its_data_are_made(tiny, tmp_path):
     check_training(tiny())
     assert (tmp_path / 'digits' / 'annotations' / 'instances_val.json').is_file()
     assert os.listdir(tmp_path / 'work') == []
+
+
+@pytest.mark.parametrize(('launcher', 'variable'), [('pytorch', 'LOCAL_RANK'), ('slurm', 'SLURM_LOCALID')])
+def test_one_process_of_a_machine_tries_the_first_batches(tiny, monkeypatch, launcher, variable):
+    tried = []
+    monkeypatch.setattr(checks, 'rehearse', lambda *_: tried.append(os.environ[variable]))
+    monkeypatch.setenv('LOCAL_RANK', '0')  # which our tools set where no launcher has
+    for rank in '01':
+        monkeypatch.setenv(variable, rank)
+        check_training(tiny(launcher=launcher))
+    assert tried == ['0']
 
 
 @pytest.mark.parametrize(('replacement', 'complaint'), [
