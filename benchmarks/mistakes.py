@@ -1,15 +1,13 @@
-"""What tools/train.py says about configs with a mistake in them."""
+"""What tools/train.py says about configs with a random mistake in them."""
 import json
 import multiprocessing
 import os
-import re
 import runpy
 import shutil
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -103,22 +101,6 @@ def _train(folder: Path) -> None:
     os._exit(int(status))
 
 
-def page(cases: Sequence[dict], found: Sequence[tuple[str, str]]) -> str:
-    """The result page."""
-    counts = Counter(kind for kind, _ in found)
-    rows = [f'| `{_shorten(case["fragment"], 150)}` | {kind}{": " * bool(line)}{_shorten(line, 220)} |'
-            for case, (kind, line) in zip(cases, found, strict=True)]
-    return '\n'.join([
-        '# Mistakes in a config', '',
-        f'{len(cases)} fragments, each appended to the config of a small RetinaNet with an `RLResNet` that trains for '
-        'one epoch of six images. What `tools/train.py` does: '
-        f'{", ".join(f"{kind} {count}" for kind, count in counts.items())}. Where it trains, the fragment is legal, or '
-        'the log says what nobody reads. *A line* is the only one, and nothing was written.', '',
-        '| fragment | what happens |', '|---|---|', *rows, '',
-        'Made by `python benchmarks/mistakes.py CASES.jsonl --out docs/results/mistakes.md`; a line of the file is a '
-        'JSON object with a `fragment`, Python text.', ''])
-
-
 def _shorten(text: str, most: int) -> str:
     """A text for a table's cell."""
     text = ' '.join(text.split()).replace('|', '\\|').replace('`', "'").replace('<', '&lt;')
@@ -151,32 +133,16 @@ def mutated(count: int, root: Path) -> str:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument('cases', type=Path, nargs='?', metavar='CASES.jsonl')
-    parser.add_argument('--mutations', type=positive, help='in the place of cases, so many random mistakes')
-    parser.add_argument('--only', nargs='+', help='the names of the cases to run')
+    parser.add_argument('--mutations', type=positive, default=1000, help='so many mistakes (default: %(default)s)')
     parser.add_argument('--out', type=Path, help='write the result page')
     args = parser.parse_args()
-    if (args.cases is None) == (args.mutations is None):
-        parser.error('give either CASES.jsonl or --mutations')
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_data(root, 'train.json')
         (root / 'base.py').write_text(CONFIG.replace('ROOT', folder))
-        text = mutated(args.mutations, root) if args.mutations else given(args.cases, args.only, root)
+        text = mutated(args.mutations, root)
     if args.out:
         args.out.write_text(text)
-
-
-def given(file: Path, only: Sequence[str] | None, root: Path) -> str:
-    """The result page of the cases in a file."""
-    cases = [json.loads(line) for line in file.read_text().splitlines()]
-    cases = [case for case in cases if not only or case['name'] in only]
-    found = []
-    for case in cases:
-        kind, line, _ = outcome(f"_base_ = '../base.py'\n{case['fragment']}", root)
-        found.append((kind, re.sub(rf'{root}(/tmp\w+)?', 'DATA', line)))
-        print(case['name'], *found[-1], sep=' | ', flush=True)
-    return page(cases, found)
 
 
 if __name__ == '__main__':
