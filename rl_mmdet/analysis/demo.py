@@ -11,7 +11,8 @@ from .savings import own_settings, step_cost
 SIZE, BATCH = (640, 640), 8
 """Of the training step that is counted: that of the trainings is too small to tell much."""
 RL_V2 = ('RL-v2', 'model.backbone.type=RLResNet', 'model.backbone.replacement.plan.type=EveryKth',
-         'model.backbone.replacement.plan.k=2', 'model.backbone.replacement.operator.type=SlimBlock')
+         'model.backbone.replacement.plan.k=2', 'model.backbone.replacement.operator.type=SlimBlock',
+         'model.backbone.replacement.gradient.mode=coupled')
 NEXT = '''Next, with data of your own:
 
   rl-mmdet init --coco TRAIN.json VAL.json     # writes two configs
@@ -51,6 +52,7 @@ def _show(comparison: compare.Comparison, contents: compare.Contents) -> None:
     console.print(table)
     console.print(
         'RL-v1: every second block takes a mix of its neighbours\' weights. RL-v2: thin convolutions stand there. '
+        'The neighbours learn from these places, too (coupled), as training from scratch needs. '
         f'Parameters, work and memory are the backbone\'s, counted for {BATCH} images of {SIZE[0]}×{SIZE[1]}; the time '
         'is that of the whole detector on the small images that it was trained on. With one seed and digits, '
         f'differences in AP of less than 0.03 say nothing.\n\nReport: {comparison.folder / "report.html"}\n\n{NEXT}',
