@@ -8,11 +8,13 @@ an hour.
 
     python benchmarks/aquarium.py --data DIR --weights mobilenet-v2_imagenet.pth --work-dir work_dirs/aquarium
 
-Settings of the method, one seed each, and a long training:
+Settings of the method, one seed each; the default width and plain alternatives; a long training:
 
     python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_settings --seeds 1 \
         --variants average coupled pair-per-tensor fast-pair light-fit-fade light-fit light-fit-500-fade full-fit \
         average-every-1 light-fit-fade-every-8
+    python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_more \
+        --variants thinner-fit-fade fixed frozen-3
     python benchmarks/aquarium.py --data DIR --weights FILE --work-dir work_dirs/aquarium_long --epochs 54 --seeds 2 \
         --variants skip light-fit-fade
 """

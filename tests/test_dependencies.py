@@ -33,79 +33,32 @@ def installed(monkeypatch):
     return set_version
 
 
-class FailingFinder:
-    """Makes one import fail with one error."""
-
-    def __init__(self, name, error):
-        self.name, self.error = name, error
+class RefusingFinder:
+    """An mmdet that asserts another mmcv."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname == self.name:
-            raise self.error
+        assert fullname != 'mmdet', 'MMCV==2.2.0 is used but incompatible.'
 
 
-def fail_import(monkeypatch, name, error):
-    monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, 'meta_path', [FailingFinder(name, error), *sys.meta_path])
-
-
-def test_check_passes_with_minimum_versions(dependencies, installed):
+def test_minimum_and_local_versions_are_fine(dependencies, installed):
     for name, minimum in dependencies.MINIMUM_VERSIONS.items():
         installed(name, minimum)
     dependencies.check_dependencies()
-
-
-def test_check_passes_with_local_and_release_candidate_versions(dependencies, installed):
     installed('mmcv', '2.3.6+cu130')
-    installed('mmengine', '0.10.8rc1')
     dependencies.check_dependencies()
 
 
-@pytest.mark.parametrize('name', ['mmengine', 'mmcv', 'mmdet'])
-def test_check_names_missing_package(dependencies, installed, name):
-    installed(name, None)
-    with pytest.raises(ImportError, match=rf'\n  - {name}: not installed, .* or later is needed\n'):
-        dependencies.check_dependencies()
-
-
-@pytest.mark.parametrize(('name', 'version'), [('mmengine', '0.7.4'), ('mmcv', '1.7.2'), ('mmdet', '2.28.2')])
-def test_check_gives_found_and_needed_version_of_old_package(dependencies, installed, name, version):
-    installed(name, version)
-    minimum = dependencies.MINIMUM_VERSIONS[name]
-    with pytest.raises(ImportError, match=f'{name}: found {version}, {minimum} or later is needed'):
-        dependencies.check_dependencies()
-
-
-def test_check_names_all_problems_and_the_install_commands_in_one_error(dependencies, installed):
+def test_all_that_is_old_missing_or_broken_is_named_with_the_install_commands(dependencies, installed, monkeypatch):
     installed('mmengine', '0.1.0')
-    installed('mmdet', None)
-    with pytest.raises(ImportError) as caught:
+    installed('mmcv.ops', None)  # as in mmcv-lite
+    monkeypatch.delitem(sys.modules, 'mmdet')
+    monkeypatch.setattr(sys, 'meta_path', [RefusingFinder(), *sys.meta_path])
+    with pytest.raises(ImportError, match='rl_mmdet needs mmengine >= 0') as caught:
         dependencies.check_dependencies()
     message = str(caught.value)
-    assert message.count('\n  - ') == 2
-    assert 'mmengine: found 0.1.0' in message
-    assert 'mmdet: not installed' in message
-    assert 'make setup' in message
-    assert 'pip install --no-build-isolation "rl_mmdet[onedl]"' in message
-
-
-def test_check_explains_mmcv_without_compiled_ops(dependencies, installed):
-    installed('mmcv.ops', None)
-    with pytest.raises(ImportError, match=r'mmcv: found 2\.1\.0, but its compiled ops are missing \(mmcv-lite'):
-        dependencies.check_dependencies()
-
-
-def test_check_turns_a_failed_version_assertion_into_its_own_error(dependencies, installed, monkeypatch):
-    error = AssertionError('MMCV==2.2.0 is used but incompatible.\nPlease install mmcv>=2.0.0rc4, <2.2.0.')
-    fail_import(monkeypatch, 'mmdet', error)
-    with pytest.raises(ImportError, match=r'mmdet: cannot be imported \(AssertionError: MMCV==2\.2\.0 is used.*<2\.2'):
-        dependencies.check_dependencies()
-
-
-def test_check_names_the_cause_when_a_dependency_of_a_package_is_missing(dependencies, installed, monkeypatch):
-    fail_import(monkeypatch, 'mmcv', ModuleNotFoundError("No module named 'cv2'", name='cv2'))
-    with pytest.raises(ImportError, match=r"mmcv: cannot be imported \(ModuleNotFoundError: No module named 'cv2'\)"):
-        dependencies.check_dependencies()
+    for said in ('\n  - mmengine: found 0.1.0\n', '\n  - mmcv: import of mmcv.ops', '\n  - mmdet: MMCV==2.2.0 is used',
+                 'make setup', 'pip install --no-build-isolation "rl_mmdet[onedl]"'):
+        assert said in message
 
 
 def run_without(packages, code):
@@ -127,5 +80,5 @@ def test_what_needs_mmdet_fails_without_it_with_one_clear_error(code):
     result = run_without(['mmdet'], code)
     assert result.returncode == 1
     assert 'ImportError: rl_mmdet needs mmengine' in result.stderr
-    assert '  - mmdet: not installed' in result.stderr
+    assert '  - mmdet: ' in result.stderr
     assert 'During handling' not in result.stderr
