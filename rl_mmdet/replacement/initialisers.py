@@ -1,4 +1,7 @@
-"""A backbone's ``init_weights`` may go through all modules and initialise what it takes for weights."""
+"""A backbone's ``init_weights`` may go through all modules and initialise what it takes for weights.
+
+mmpretrain's ShuffleNets and Conformer do, and its ViT's blocks where ``only='ffn'`` is replaced.
+"""
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
