@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..replacement import computing_layers
-from ..replacement.block_structure import copy_around_parameters
 from ..replacement.chain import Choice
-from .learned_plan import count_learnable
+from .learned_plan import ROUNDING
 from .policy import Policy
 from .search_base import Collective, Search, SearchResult
 from .search_space import NAME, SearchSpace, finish_search_
@@ -65,18 +64,10 @@ class BlockSearch(Search):
         self.space.set_gates(self.best())
 
     def decide(self) -> tuple[Choice, float]:
-        """The blocks to replace, and how much they leave of the learnable parameters: counted, as a share.
-
-        Savings don't always add up; where too much is left, further blocks are replaced, likely ones first.
-        """
-        gates, share = self.best(), self.space.plan.share
-        whole = self._measure([False] * len(gates))
-        left = self._measure(gates) / whole
-        for index in self.policy.scores.argsort(descending=True).tolist():
-            tried = [gate or number == index for number, gate in enumerate(gates)]
-            if left > share and tried != gates and self.space.fits(tried):
-                gates, left = tried, self._measure(tried) / whole
-        if left > share:
+        """The blocks to replace, and how much they leave of the learnable parameters, as a share."""
+        gates = self.best()
+        left = 1 + self.policy.weight(gates)
+        if left > self.space.plan.share + ROUNDING:
             logger.warning('%s: the budget is not kept: %.4f are left with all blocks replaced that go together',
                            self.space.plan, left)
         return self.space.choice(gates), left
@@ -92,12 +83,6 @@ class BlockSearch(Search):
             layer.norm_stale = True  # its statistics are a mixture over the neighbours that it had while searching
         text = f'{plan}: {left:.4f} of the learnable parameters are left\n{report}'
         return SearchResult(dict(plan=dict(type='Blocks', blocks=report.replaced)), text)
-
-    def _measure(self, gates: list[bool]) -> int:
-        """The learnable parameters of the model with these blocks replaced, counted on a copy."""
-        twin = copy_around_parameters(self.model)
-        finish_search_(twin, self.space.choice(gates))
-        return count_learnable(twin)
 
 
 def _units(space: SearchSpace) -> list[Unit]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..replacement import PLANS, ReplacementReport
-from ..replacement.chain import Chain, Choice, Place
+from ..replacement.chain import Chain, Place
 from ..replacement.checks import check_number
 from ..replacement.computing_layer import LayerSettings
 from ..replacement.plans import Plan
@@ -13,6 +13,9 @@ from ..replacement.surgery import check_fusion, check_some
 from .schedule import SearchSchedule
 from .search_space import SearchSpace
 from .transfers import learnable
+
+ROUNDING = 1e-9
+"""By how much sums of shares may miss what they stand for; less than a parameter's share."""
 
 
 @PLANS.register_module()
@@ -64,25 +67,25 @@ class LearnedPlan(Plan):
         return ReplacementReport(SearchSpace(model, chains, self, savings, settings).rows)
 
     def _savings(self, chains: Mapping[str, Chain], model: nn.Module, settings: LayerSettings) -> dict[Place, float]:
-        """Which share each block saves if it alone is replaced; only blocks that save something.
+        """Which share each block saves when it is replaced; only blocks that save something.
 
         Raises:
-            ValueError: too much is left with all of them replaced.
+            ValueError: too much is left with all of them replaced, or the fusion makes nothing.
         """
-        whole = count_learnable(model)
-
-        def left(choice: Choice) -> float:
-            """The share that is left with these blocks replaced."""
-            return count_learnable(self._tried(model, choice, settings)) / whole
-
-        places = [Place(chain, index) for chain in chains.values() for index in chain.replaceable()]
-        alone = {place: 1 - left({place.chain.name: [place.index]}) for place in places}
-        savings = {place: saving for place, saving in alone.items() if saving > 0}
-        most: Choice = {name: [] for name in chains}
-        for chain, index in savings:
-            add_(most, chains, chain.name, index)
-        lowest = left(most)
-        if lowest > self.share:
+        self._check_makes(settings.fusion)
+        whole = sum(parameter.numel() for _, parameter in learnable(model))
+        savings, most = {}, {name: [] for name in chains}
+        for chain in chains.values():
+            for index in chain.replaceable():
+                block, untouched, made = chain.blocks[index], chain.untouched(index), chain.shapes_to_make(index)
+                gone = sum(parameter.numel() for name, parameter in learnable(block) if name not in untouched)
+                start = (settings.fusion.start(made) if made else {}) | settings.operator.start(block)
+                saved = gone - sum(tensor.numel() for tensor in start.values())
+                if saved > 0:
+                    savings[Place(chain, index)] = saved / whole
+                    add_(most, chains, chain.name, index)
+        lowest = 1 - sum(saving for place, saving in savings.items() if place.index in most[place.chain.name])
+        if lowest > self.share + ROUNDING:
             raise ValueError(f'{self}: the budget can\'t be reached: with {sum(map(len, most.values()))} blocks '
                              f'replaced, all that save something, {lowest:.3f} of the unreplaced model\'s learnable '
                              'parameters are left')
@@ -90,8 +93,3 @@ class LearnedPlan(Plan):
 
     def _arguments(self) -> str:
         return f'budget=dict(params={self.share}){self.schedule}'
-
-
-def count_learnable(model: nn.Module) -> int:
-    """Number of parameters that learn."""
-    return sum(parameter.numel() for _, parameter in learnable(model))

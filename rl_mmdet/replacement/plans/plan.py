@@ -6,7 +6,7 @@ from torch import nn
 from ..block_structure import copy_around_parameters
 from ..chain import Chain, Choice, as_blocks, find_chains
 from ..computing_layer import LayerSettings
-from ..fusions import OwnWeights
+from ..fusions import Fusion, OwnWeights
 from ..report import ReplacementReport
 from ..surgery import check_choice, replace_chosen_
 
@@ -64,12 +64,16 @@ class Plan:
         Raises:
             ValueError: the fusion can't make a block's tensors.
         """
-        if isinstance(settings.fusion, OwnWeights):
-            raise ValueError(f'{self} chooses what is made of other blocks\' weights, and {settings.fusion} makes '
-                             'nothing; take another fusion or plan')
+        self._check_makes(settings.fusion)
         twin = copy_around_parameters(model)
         replace_chosen_(twin, find_chains(twin, settings.fusion.adapt, settings.operator), choice, settings)
         return twin
+
+    def _check_makes(self, fusion: Fusion) -> None:
+        """Raise a ValueError if the fusion makes nothing that could be measured."""
+        if isinstance(fusion, OwnWeights):
+            raise ValueError(f'{self} chooses what is made of other blocks\' weights, and {fusion} makes nothing; take '
+                             'another fusion or plan')
 
     def _arguments(self) -> str:
         """The plan's arguments, as in a call."""
