@@ -11,6 +11,9 @@ GRID = 20_000
 def pack(values: Tensor, weights: Tensor, limit: float, tolerance: float) -> list[int]:
     r"""The subset S of largest :math:`\sum_S v` whose weights keep a limit and come near it, by dynamic programming.
 
+    It takes milliseconds for hundreds of units, whatever they weigh. ``scipy.optimize.milp`` branches over the units of
+    equal weight that a backbone is full of, for minutes with a ViT's tensors.
+
     Args:
         values: (N,) v of each unit, of either sign.
         weights: (N,) not negative. They are rounded up to a grid, so that the limit is kept for sure.
