@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..replacement.block_structure import copy_around_parameters
-from ..replacement.chain import Chain, Choice, Place, describe_replaceable
+from ..replacement.chain import Chain, Choice, Place
 from ..replacement.computing_layer import ComputingLayer, LayerSettings
 from ..replacement.report import BlockRow, ReplacementReport, describe_blocks, with_added
 from ..replacement.surgery import prepare_followers_
@@ -98,20 +98,12 @@ def finish_search_(model: nn.Module, choice: Mapping[str, Sequence[int]]) -> Rep
 
     Args:
         model: with a :class:`SearchSpace`.
-        choice: block indices by chain name, of blocks that fit together.
+        choice: block indices by chain name, of open blocks that fit together.
 
     Returns:
         As :func:`~rl_mmdet.replacement.replace_blocks_`.
-
-    Raises:
-        ValueError: a block isn't open. The model is then untouched.
     """
     space: SearchSpace = getattr(model, NAME)
-    known = {(chain.name, index) for chain, index in space.places}
-    for name, index in ((name, index) for name, indices in choice.items() for index in indices):
-        if (name, index) not in known:
-            raise ValueError(f'{name} block {index} isn\'t one of those that may be replaced; '
-                             f'{describe_replaceable(space.chains)}')
     choice = {name: sorted(choice.get(name, ())) for name in space.chains}
     beside = {place: ungate_(place.block) for place in space.places}
     layers = {place: layer for place, layer in beside.items() if place.index in choice[place.chain.name]}
