@@ -45,7 +45,10 @@ def check_search(cfg: Config, model: nn.Module) -> None:
         return
     setting = searched_setting(searched[1])
     loop, wrapper = cfg.get('train_cfg') or {}, cfg.get('model_wrapper_cfg') or {}
-    _check_length(setting, loop)
+    try:
+        setting.schedule.check(loop.get('max_epochs'), loop.get('max_iters'))
+    except ValueError as error:
+        raise UserError(f'{setting}: {error}') from None
     for kind, allowed in ((cfg.get('runner_type'), 'Runner'), (wrapper, 'MMDistributedDataParallel')):
         if type_name(kind) not in (None, allowed):
             raise UserError(f'{setting}: a search runs in one process or under DDP, not with {type_name(kind)}; search '
@@ -128,15 +131,3 @@ def drop_parameters_(optim_wrapper: OptimWrapper, schedulers: list[_ParamSchedul
             values = getattr(scheduler, name, None)
             if isinstance(values, list):
                 setattr(scheduler, name, [value for index, value in enumerate(values) if index not in empty])
-
-
-def _check_length(setting: Any, loop: Mapping[str, Any]) -> None:
-    """What can be said about the length before the data set is there."""
-    schedule = setting.schedule
-    if schedule.epochs is not None and loop.get('max_epochs') is None:
-        raise UserError(f'{setting}: the training counts iterations, not epochs; give the search iters=...')
-    for name, mine in (('epochs', schedule.epochs), ('iters', schedule.iters)):
-        most = loop.get(f'max_{name}')
-        if mine is not None and most is not None and mine > most:
-            raise UserError(f'{setting}: the search of {mine} {name} is longer than the run of {most} '
-                            f'(train_cfg.max_{name}); shorten it or train longer')

@@ -27,23 +27,28 @@ class SearchSchedule:
             check_number(name, value, whole=True, least=1)
         check_number('seed', self.seed, whole=True, least=0, below=2**63)
 
-    def steps(self, run: int, per_epoch: int | None) -> int:
-        """Length of the search in iterations.
+    def check(self, epochs: int | None, iters: int | None) -> None:
+        """Compare it with a training's length.
 
         Args:
-            run: length of the whole training in iterations.
-            per_epoch: iterations of an epoch; None if the training doesn't count epochs.
+            epochs: of the training; None if it doesn't count them.
+            iters: of the training; None if that isn't known yet.
 
         Raises:
             ValueError: the search is longer than the training, or counts epochs where the training doesn't.
         """
-        if self.epochs is not None and per_epoch is None:
+        if self.epochs is not None and epochs is None:
             raise ValueError('the training counts iterations, not epochs; give the search iters=...')
-        steps = self.iters or max(1, run // 2) if self.epochs is None else self.epochs * per_epoch
-        if steps > run:
-            raise ValueError(f'the search of {steps} iterations is longer than the run of {run}; shorten it or train '
-                             'longer')
-        return steps
+        run = dict(epochs=epochs, iters=iters)
+        for name, value in self._length().items():
+            if run[name] is not None and value > run[name]:
+                raise ValueError(f'the search of {value} {name} is longer than the run of {run[name]}; shorten it or '
+                                 'train longer')
+
+    def steps(self, epochs: int | None, iters: int) -> int:
+        """Length of the search in iterations; arguments and errors as in :meth:`check`."""
+        self.check(epochs, iters)
+        return self.iters or max(1, iters // 2) if self.epochs is None else self.epochs * iters // epochs
 
     def _length(self) -> dict[str, int]:
         """``epochs`` or ``iters``, whichever was given."""

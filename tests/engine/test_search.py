@@ -560,7 +560,7 @@ PLAN = 'model.backbone.replacement.plan'
 
 
 @pytest.mark.parametrize(('options', 'complaint'), [
-    ({f'{PLAN}.epochs': 7}, 'the search of 7 epochs is longer than the run of 6 (train_cfg.max_epochs); shorten it'),
+    ({f'{PLAN}.epochs': 7}, 'the search of 7 epochs is longer than the run of 6; shorten it'),
     ({'compile': True}, "can't be compiled"),
     ({'runner_type': 'FlexibleRunner'}, 'not with FlexibleRunner'),
     ({'model_wrapper_cfg': dict(type='MMFullyShardedDataParallel')}, 'not with replaced or folded blocks'),
@@ -578,7 +578,7 @@ def test_a_search_with_mmdetections_checkpoints_under_ddp_is_refused(write, tmp_
 
 
 @pytest.mark.parametrize(('length', 'complaint'), [
-    ('iters=9', 'the search of 9 iters is longer than the run of 8 (train_cfg.max_iters); shorten it'),
+    ('iters=9', 'the search of 9 iters is longer than the run of 8; shorten it'),
     ('epochs=1', 'the training counts iterations, not epochs; give the search iters=...')])
 def test_a_search_that_does_not_fit_a_run_by_iterations_is_refused(write, tmp_path, length, complaint):
     more = SEARCH.replace('params=0.8)', f'params=0.8), {length}') + (

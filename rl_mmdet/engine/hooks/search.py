@@ -172,9 +172,9 @@ def _copy_statistics_(model: nn.Module, average: nn.Module) -> None:
 
 def _steps(runner: Runner, setting: Any) -> int:
     """Length of the search for a plan or a transfer, in iterations."""
-    per_epoch = len(runner.train_dataloader) if isinstance(runner.train_loop, EpochBasedTrainLoop) else None
+    epochs = runner.max_epochs if isinstance(runner.train_loop, EpochBasedTrainLoop) else None
     try:
-        return setting.schedule.steps(runner.max_iters, per_epoch)
+        return setting.schedule.steps(epochs, runner.max_iters)
     except ValueError as error:
         raise UserError(f'{setting}: {error}') from None
 
