@@ -59,7 +59,8 @@ class BestFit(Plan):
         self.steps = check_number('BestFit: steps', steps, whole=True, least=0)
         self.errors: dict[str, float] = {}
 
-    def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
+    def choose(self, chains: Mapping[str, Chain], model: nn.Module | None = None,
+               settings: LayerSettings | None = None) -> Choice:
         if model is None or settings is None:
             raise ValueError('BestFit: it runs the model, so it needs one; use it as the plan of replace_blocks_()')
         places = [Place(chain, index) for chain in chains.values() for index in chain.replaceable()]

@@ -35,7 +35,8 @@ class Blocks(Plan):
             raise ValueError('Blocks: no block is named; leave `replacement` out to train the unmodified backbone')
         self.blocks = {name: sorted(indices) for name, indices in blocks.items()}
 
-    def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
+    def choose(self, chains: Mapping[str, Chain], model: nn.Module | None = None,
+               settings: LayerSettings | None = None) -> Choice:
         for name, indices in self.blocks.items():
             if name not in chains:
                 raise ValueError(f'Blocks: there is no stage {name!r}; {describe_replaceable(chains)}')
@@ -45,5 +46,5 @@ class Blocks(Plan):
                                      f'{len(chains[name]) - 1}; {describe_replaceable(chains)}')
         return {name: list(self.blocks.get(name, [])) for name in chains}
 
-    def __repr__(self) -> str:
-        return f'Blocks({self.blocks})'
+    def _arguments(self) -> str:
+        return f'{self.blocks}'

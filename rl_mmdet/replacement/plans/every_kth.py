@@ -30,7 +30,8 @@ class EveryKth(Plan):
                               hint='k=2 replaces every other block, k=4 every fourth')
         self.offset = check_number('EveryKth: offset', offset, whole=True, least=0, most=k - 1, hint=f'k is {k}')
 
-    def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
+    def choose(self, chains: Mapping[str, Chain], model: nn.Module | None = None,
+               settings: LayerSettings | None = None) -> Choice:
         return {name: [i for i in chain.replaceable() if i % self.k == self.offset]
                 for name, chain in chains.items()}
 

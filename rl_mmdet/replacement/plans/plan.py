@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..block_structure import copy_around_parameters
-from ..chain import Chain, Choice, as_blocks, find_chains
+from ..chain import Chain, Choice, find_chains
 from ..computing_layer import LayerSettings
 from ..fusions import Fusion, OwnWeights
 from ..report import ReplacementReport
@@ -12,12 +12,7 @@ from ..surgery import check_choice, replace_chosen_
 
 
 class Plan:
-    """Chooses blocks, and shows what it has chosen last.
-
-    Attributes:
-        chosen: the last choice, None before the first.
-    """
-    chosen: Choice | None = None
+    """Chooses blocks."""
 
     def choose(self, chains: Mapping[str, Chain], model: nn.Module | None = None,
                settings: LayerSettings | None = None) -> Choice:
@@ -34,8 +29,7 @@ class Plan:
         Raises:
             ValueError: the plan doesn't fit the model.
         """
-        self.chosen = self._choose(chains, model, settings)
-        return {name: list(indices) for name, indices in self.chosen.items()}
+        raise NotImplementedError
 
     def carry_out_(self, model: nn.Module, chains: Mapping[str, Chain], settings: LayerSettings) -> ReplacementReport:
         """Replace blocks of ``model`` in place; here those that are chosen now.
@@ -50,10 +44,6 @@ class Plan:
             said = str(error)  # a plan that tries a replacement may have met an error of another setting
             raise ValueError(said if said.startswith('replacement.') else f'replacement.plan: {said}') from None
         return replace_chosen_(model, chains, choice, settings)
-
-    def _choose(self, chains: Mapping[str, Chain], model: nn.Module | None, settings: LayerSettings | None) -> Choice:
-        """The choice; see :meth:`choose`."""
-        raise NotImplementedError
 
     def _tried(self, model: nn.Module, choice: Choice, settings: LayerSettings) -> nn.Module:
         """A copy of ``model`` with the blocks of a valid choice replaced, for plans that measure what that gives.
@@ -80,8 +70,7 @@ class Plan:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        blocks = {name: indices for name, indices in (self.chosen or {}).items() if indices}
-        return f'{type(self).__name__}({self._arguments()})' + (f': {as_blocks(blocks)}' if blocks else '')
+        return f'{type(self).__name__}({self._arguments()})'
 
 
 def add_(choice: Choice, chains: Mapping[str, Chain], name: str, index: int) -> bool:

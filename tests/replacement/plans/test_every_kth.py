@@ -29,10 +29,8 @@ def test_wrong_offset_raises(offset):
         EveryKth(3, offset)
 
 
-def test_repr_has_the_settings_and_after_a_choice_that_as_blocks(toy_net):
+def test_repr_has_the_settings_and_the_report_the_choice_as_a_plan(toy_net):
     plan = EveryKth(2)
-    assert repr(plan) == 'EveryKth(k=2, offset=1)'
     report = replace_blocks_(toy_net(), dict(plan=plan))
-    pasted = eval(repr(plan).partition(': ')[2])
-    assert replace_blocks_(toy_net(), dict(plan=pasted)).replaced == report.replaced
-    assert report.settings['plan'] == repr(plan)
+    assert report.settings['plan'] == repr(plan) == 'EveryKth(k=2, offset=1)'
+    assert replace_blocks_(toy_net(), dict(plan=eval(report.as_plan))).replaced == report.replaced
