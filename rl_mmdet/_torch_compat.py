@@ -1,4 +1,4 @@
-"""What torch before 2.4 lacks or calls otherwise."""
+"""What torch before 2.4 lacks or calls otherwise, and what both folding and the method ask of a module."""
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -16,6 +16,11 @@ if hasattr(torch.compiler, 'is_compiling'):
     is_compiling = torch.compiler.is_compiling
 else:
     from torch._dynamo.external_utils import is_compiling  # noqa: F401
+
+
+def other_ways_forward(cls: type[nn.Module]) -> list[str]:
+    """Methods besides ``forward`` by which a backbone runs modules of this class, such as ``rfp_forward``."""
+    return [name for name in dir(cls) if name.endswith('_forward') and not name.startswith('_')]
 
 
 def map_pairs(function: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:

@@ -12,6 +12,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._torch_compat import other_ways_forward
+
 CHECKPOINTING = ('with_cp', 'grad_checkpointing')
 """Attributes that make mmdet's and timm's modules checkpoint activations; it can't be traced through."""
 Pairs = dict[str, str]
@@ -167,11 +169,6 @@ class _Tracer(fx.Tracer):
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """In the place of another way forward of a closed module."""
     return module(*args, **kwargs)
-
-
-def other_ways_forward(cls: type[nn.Module]) -> list[str]:
-    """Methods besides ``forward`` by which a backbone runs modules of this class, such as ``rfp_forward``."""
-    return [name for name in dir(cls) if name.endswith('_forward') and not name.startswith('_')]
 
 
 def _defaults(root: nn.Module, way: str) -> dict:

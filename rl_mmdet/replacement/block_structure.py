@@ -105,11 +105,6 @@ def mlp(block: nn.Module) -> Mlp | None:
     return Mlp(norms[-1], expand, project, between[0], first.in_features, first.out_features)
 
 
-def other_ways_forward(cls: type[nn.Module]) -> list[str]:
-    """Methods besides ``forward`` by which a backbone runs blocks of this class, such as ``rfp_forward``."""
-    return [name for name in dir(cls) if name.endswith('_forward') and not name.startswith('_')]
-
-
 def _is_odd(conv: nn.Module) -> bool:
     return all(size % 2 for size in conv.kernel_size)
 

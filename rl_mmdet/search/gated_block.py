@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .._torch_compat import map_pairs, no_grad
-from ..replacement.block_structure import other_ways_forward
+from .._torch_compat import map_pairs, no_grad, other_ways_forward
 from ..replacement.computing_layer import ComputingLayer
 
 

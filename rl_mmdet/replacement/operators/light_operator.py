@@ -1,7 +1,8 @@
 """What light operators (RL-v2) share: a few per cent of a block's computation, or nothing, in its place."""
 from torch import nn
 
-from ..block_structure import convolutions, keeps_its_shape, other_ways_forward
+from ..._torch_compat import other_ways_forward
+from ..block_structure import convolutions, keeps_its_shape
 from ..registry import OPERATORS
 from .operator import Operator
 
