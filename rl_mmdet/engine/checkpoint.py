@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..models.layouts import never_pretrained, own_layout, state_dict_of, translates
 from ..replacement.start import LoadReport, other_replacement
+from ..replacement.start.checkpoint import listed
 from .errors import UserError, first_line
 from .reading import read_checkpoint
 from .saved_settings import other_operator
@@ -53,16 +54,17 @@ def load_checkpoint_(model: nn.Module, path: str, *, prefix: str = '', ignore: S
     if not differences and not report.initialised:
         differences = other_operator(model, checkpoint)
     if differences:
-        raise UserError(f'{path}: it was saved from a model with another replacement: {_first(differences)}. Give both '
-                        'models the same replacement, or materialize the checkpoint first (tools/materialize.py)')
+        raise UserError(f'{path}: it was saved from a model with another replacement: {listed(differences, 4, "; ")}'
+                        '. Give both models the same replacement, or materialize the checkpoint first '
+                        '(tools/materialize.py)')
     problems = _not_ignored(_unexplained(model, report, new), ignore)
     if problems and not report.mismatched and all(key.endswith(COUNTER) for key in report.loaded):
         raise UserError(f'{path}: none of its {len(tensors)} tensors is the model\'s: its keys begin with '
                         f'{_beginnings(tensors)}, the model\'s with {_beginnings(model.state_dict())}. Of another '
                         'model an init_cfg takes a part, by prefix=\'...\'')
     if problems:
-        raise UserError(f'{path}: {len(problems)} tensors don\'t fit the model: {_first(problems)}. Is it from another '
-                        'architecture? To leave tensors out on purpose, add --ignore-keys REGEX')
+        raise UserError(f'{path}: {len(problems)} tensors don\'t fit the model: {listed(problems, 4, "; ")}. Is it '
+                        'from another architecture? To leave tensors out on purpose, add --ignore-keys REGEX')
     return report
 
 
@@ -118,11 +120,6 @@ def _unexplained(model: nn.Module, report: LoadReport, new: tuple[str, ...]) -> 
 def _not_ignored(texts: Mapping[str, str], ignore: Sequence[str]) -> list[str]:
     """The texts whose keys match none of the patterns."""
     return [text for key, text in texts.items() if not any(re.search(pattern, key) for pattern in ignore)]
-
-
-def _first(texts: Sequence[str]) -> str:
-    more = f' and {len(texts) - 4} more' if len(texts) > 4 else ''
-    return '; '.join(texts[:4]) + more
 
 
 def _modules_without_pretraining(model: nn.Module) -> tuple[str, ...]:

@@ -38,9 +38,9 @@ class LoadReport:
         return '\n'.join([
             f'loaded: {len(self.loaded)} tensors',
             f'used for initialisation: {len(self.initialised)} removed blocks'
-            + (f': {_first(self.initialised)}' if self.initialised else ''),
-            f'missing: {_first(self.missing)}',
-            f'left over: {_first(left)}'])
+            + (f': {listed(self.initialised)}' if self.initialised else ''),
+            f'missing: {listed(self.missing)}',
+            f'left over: {listed(left)}'])
 
 
 def adapt_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str = '') -> tuple[dict, LoadReport]:
@@ -116,7 +116,7 @@ def _initialise_on_load(module: nn.Module, state_dict: dict, prefix: str, *_: An
             layer.fit_wanted = layer.norm_stale and not lacking
             if lacking:
                 logger.warning('%s is not fitted to the block that it replaces, which has no %s in the checkpoint',
-                               name, _first(lacking))
+                               name, listed(lacking))
     if report.initialised:
         for line in str(report).splitlines():
             logger.info('%s', line)
@@ -130,7 +130,7 @@ def _check_unfinished(model: nn.Module, state_dict: dict[str, Any], prefix: str)
               if layer.provisional}
     gone = [name for name, shapes in blocks.items() if not any(f'{prefix}{name}.{key}' in state_dict for key in shapes)]
     if gone and any(key.startswith(prefix) for key in state_dict):
-        raise ValueError(f'the config asks for a search for a plan, and these weights have none for {_first(gone)}, as '
+        raise ValueError(f'the config asks for a search for a plan, and these weights have none for {listed(gone)}, as '
                          'after a search that has replaced them; use the config with the plan that it has found: '
                          "<config>_found.py in its work dir, also in the checkpoint's meta['cfg'], or materialize the "
                          'checkpoint to search again')
@@ -195,6 +195,7 @@ def _compare(model: nn.Module, state_dict: dict[str, Any], prefix: str, report: 
                             if key.startswith(prefix) and key[len(prefix):] not in own)
 
 
-def _first(keys: list[str], count: int = 5) -> str:
-    more = f' and {len(keys) - count} more' if len(keys) > count else ''
-    return ', '.join(keys[:count]) + more if keys else 'nothing'
+def listed(texts: list[str], count: int = 5, separator: str = ', ') -> str:
+    """The first texts, and how many more there are."""
+    more = f' and {len(texts) - count} more' if len(texts) > count else ''
+    return separator.join(texts[:count]) + more if texts else 'nothing'
