@@ -1,5 +1,4 @@
 """Which blocks of a trained backbone their neighbours explain best: the ``BestFit`` plan on a config's own data."""
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -95,7 +94,7 @@ def calibration_batches(cfg: Config, count: int) -> list[Tensor]:
     check_data(cfg, 'train')
     make_data(cfg, 'train')
     set_random_seed(0)
-    loader = Runner.build_dataloader(without_workers(copy.deepcopy(cfg.train_dataloader)), seed=0)
+    loader = Runner.build_dataloader(without_workers(cfg.train_dataloader), seed=0)
     preprocessor = MODELS.build(cfg.model.get('data_preprocessor') or dict(type='mmdet.DetDataPreprocessor'))
     inputs = [preprocessor(batch, True)['inputs'] for batch in islice(loader, count)]
     if not inputs:

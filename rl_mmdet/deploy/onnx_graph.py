@@ -153,8 +153,7 @@ def _only_detector(model: nn.Module) -> BaseDetector:
 def _val_loader(cfg: Config) -> tuple[DataLoader | None, str]:
     """The config's val set, one image at a time; or None, and why."""
     def build(cfg: Config) -> DataLoader:
-        kept = {key: value for key, value in without_workers(cfg.val_dataloader).items() if key != 'batch_sampler'}
-        return Runner.build_dataloader(kept | dict(batch_size=1))
+        return Runner.build_dataloader(without_workers(cfg.val_dataloader) | dict(batch_size=1, batch_sampler=None))
     if not cfg.get('val_dataloader'):
         return None, 'the config has no val_dataloader'
     try:
