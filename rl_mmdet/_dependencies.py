@@ -24,42 +24,20 @@ def check_dependencies() -> None:
 
     Raises:
         ImportError: one of them is missing, too old or can't be imported. The message names all such packages,
-            the versions found and needed, and the install commands.
+            the versions needed and what was found, and the install commands.
     """
-    problems = [problem for name in MINIMUM_VERSIONS if (problem := _find_problem(name))]
+    problems = []
+    for name, minimum in MINIMUM_VERSIONS.items():
+        try:
+            found = importlib.import_module(name).__version__
+            if name == 'mmcv':
+                importlib.import_module('mmcv.ops')  # missing in mmcv-lite, broken if compiled for another torch
+        except (ImportError, AssertionError) as error:  # mmdet and mmcv assert each other's versions when imported
+            problems.append(f'{name}: {error}')
+        else:
+            if Version(found) < Version(minimum):
+                problems.append(f'{name}: found {found}')
     if problems:
         needed = ', '.join(f'{name} >= {minimum}' for name, minimum in MINIMUM_VERSIONS.items())
         listing = '\n'.join(f'  - {problem}' for problem in problems)
         raise ImportError(f'rl_mmdet needs {needed}:\n{listing}\n{INSTALL_COMMANDS}')
-
-
-def _find_problem(name: str) -> str | None:
-    """What is wrong with the installed package ``name``, in one line, or None."""
-    minimum = MINIMUM_VERSIONS[name]
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            return f'{name}: not installed, {minimum} or later is needed'
-        return f'{name}: {_cannot_import(error)}'
-    except (ImportError, AssertionError) as error:  # mmdet and mmcv assert each other's versions when imported
-        return f'{name}: {_cannot_import(error)}'
-    if Version(module.__version__) < Version(minimum):
-        return f'{name}: found {module.__version__}, {minimum} or later is needed'
-    return _find_ops_problem(module.__version__) if name == 'mmcv' else None
-
-
-def _find_ops_problem(version: str) -> str | None:
-    try:
-        importlib.import_module('mmcv.ops')
-    except ImportError as error:
-        return (
-            f'mmcv: found {version}, but its compiled ops are missing (mmcv-lite has none) or were compiled for '
-            f'another torch: mmcv.ops {_cannot_import(error)}'
-        )
-    return None
-
-
-def _cannot_import(error: Exception) -> str:
-    cause = ' '.join(str(error).split())
-    return f'cannot be imported ({type(error).__name__}: {cause})'
