@@ -15,7 +15,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from rl_mmdet import analysis, engine
+    from rl_mmdet import engine
     from rl_mmdet.engine import options
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = engine.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
@@ -28,8 +28,6 @@ def main(args: argparse.Namespace) -> None:
     if args.auto_scale_lr:
         options.enable_auto_scale_lr_(cfg)
     texts += engine.check_training(cfg, ignore_keys=args.ignore_keys, allow_pickle=args.allow_pickle)
-    if os.environ.get('RANK', '0') == '0':
-        texts += analysis.saving_lines(cfg)
     runner = engine.build_runner(cfg, texts)
     with engine.saved_when_stopped(runner):
         runner.train()

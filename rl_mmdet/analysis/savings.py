@@ -73,22 +73,6 @@ def savings_table(cfg: Config) -> tuple[Table, list[str]]:
     return table, lines
 
 
-def saving_lines(cfg: Config) -> list[str]:
-    """What the config's own settings save, in one line; none where it has none, or where that can't be counted."""
-    try:
-        settings, (size, batch) = own_settings(cfg), _images_of(cfg)
-        if not settings.get('replacement') and not settings.get('fold_norm'):
-            return []
-        base, own = (step_cost(cfg, each, size, batch) for each in ({}, settings))
-    except UserError:  # there are two, it can't be run alone, or is searched and not known yet
-        return []
-    if not all(base):  # wholly frozen
-        return []
-    return [f'the backbone\'s training step, {batch} images of {size[0]}×{size[1]}, over the baseline\'s: parameters '
-            f'that learn {own.trainable / base.trainable:.2f}, FLOPs {own.flops / base.flops:.2f}, bytes kept for '
-            f'backward {own.saved / base.saved:.2f}']
-
-
 def variants_of(cfg: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is compared, by name: the settings that a backbone gets. The plan is the config's, if it has one."""
     own = own_settings(cfg)
