@@ -1,6 +1,6 @@
 """What computing layers begin with, before the first step: a fit to the removed blocks, fresh norm statistics."""
 import time
-from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from mmengine.dist import all_reduce, is_main_process
@@ -8,9 +8,8 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from rich.console import Console
-from rich.progress import track
 from torch import nn
+from tqdm import tqdm
 
 from ...replacement import recalibrate_norms_, stale_norms
 from ...replacement.checks import check_number
@@ -19,7 +18,6 @@ from ..calibration import feature_extractor, images_of, training_batches
 from ..detectors import plain_model
 
 REMOVED_BLOCKS = 'removed_blocks'
-STEPS_TO_ESTIMATE = 5
 
 
 @HOOKS.register_module()
@@ -98,10 +96,11 @@ class StartHook(Hook):
         batches = [[images.cpu() for images in images_of(model, batch)]
                    for batch in training_batches(runner, start.batches)]
         device = next(model.parameters()).device
+        track = partial(tqdm, desc='computing layers', mininterval=1, leave=False, disable=not is_main_process())
         found = fit_outputs_(
             model, batches, start.steps, start.lr,
             run=lambda whole, inputs: run(whole, [images.to(device) for images in inputs]),
-            reduce=_average, track=_with_estimate, keep=start.fade > 0)
+            reduce=_average, track=track, keep=start.fade > 0)
         model.train(mode)
         print_log(f'{len(found)} computing layers fitted to the blocks that they replace in '
                   f'{time.monotonic() - began:.0f} s, on {len(batches)} batches; '
@@ -110,18 +109,6 @@ class StartHook(Hook):
 
 def _average(tensor: torch.Tensor) -> None:
     all_reduce(tensor, op='mean')
-
-
-def _with_estimate(steps: Iterable[int]) -> Iterator[int]:
-    """Go through the steps with a progress bar on a terminal, and say in the log how long they will take."""
-    steps, began = list(steps), time.monotonic()
-    shown = is_main_process() and Console().is_terminal
-    for step in track(steps, 'fitting computing layers', disable=not shown):
-        if step == STEPS_TO_ESTIMATE < len(steps):
-            seconds = (time.monotonic() - began) / step * len(steps)
-            print_log(f'fitting computing layers to the blocks that they replace takes about {seconds:.0f} s',
-                      'current')
-        yield step
 
 
 def _table(found: dict[str, Unexplained]) -> str:
