@@ -1,4 +1,6 @@
 """A table of a backbone's blocks: which are replaced, by whom, and why others can't be."""
+from collections.abc import Iterable, Mapping
+
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from rich.table import Table
@@ -8,7 +10,7 @@ from ..engine import UserError
 from ..engine.preflight import build_model
 from ..engine.preflight.guard import check_arguments, find_class
 from ..replacement import ReplacementReport, find_chains
-from ..replacement.report import describe_blocks, describe_state
+from ..replacement.report import BlockRow, describe_blocks, describe_state
 
 
 def block_table(cfg: Config) -> Table:
@@ -22,15 +24,22 @@ def block_table(cfg: Config) -> Table:
     rows = report.rows if report else describe_blocks(find_chains(backbone), {})
     if not rows:
         raise UserError(f'backbone {type(backbone).__name__}: found no chain of blocks')
-    table = Table(title=_title(backbone, report), caption=_caption(report))
-    for column in ('stage', 'block', 'kind', 'parameters', 'state', 'neighbours', 'note'):
-        table.add_column(column, justify='right' if column in ('block', 'parameters') else 'left')
-    last = None
+    return tabulate(rows, _title(backbone, report), _caption(report))
+
+
+def tabulate(rows: Iterable[BlockRow], title: str, caption: str | None = None,
+             errors: Mapping[str, float] | None = None) -> Table:
+    """Tabulate blocks, one a row; with ``errors``, what is left unexplained of a block by its name, too."""
+    table, last = Table(title=title, caption=caption), None
+    for column in ('stage', 'block', 'kind', 'parameters', *(['unexplained'] if errors is not None else []), 'state',
+                   'neighbours', 'note'):
+        table.add_column(column, justify='right' if column in ('block', 'parameters', 'unexplained') else 'left')
     for row in rows:
         if last not in (None, row.chain):
             table.add_section()
         last = row.chain
-        table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}',
+        error = [] if errors is None else [f'{errors[row.name]:.3f}' if row.name in errors else '']
+        table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}', *error,
                       f'[bold]{describe_state(row)}[/]' if row.replaced else describe_state(row),
                       ', '.join(name for name in (row.before, row.after, *row.others) if name) if row.replaced else '',
                       "can't be replaced: " + row.reason if row.reason else '')

@@ -20,7 +20,7 @@ from ..models.layouts import state_dict_of
 from ..replacement import ReplacementReport
 from ..replacement.flops import count_flops
 from ..replacement.plans import BestFit
-from .blocks import backbone_cfg
+from .blocks import backbone_cfg, tabulate
 
 LOST = 0.95
 """With more left unexplained than this, a block might as well be left out, which is 1."""
@@ -106,18 +106,8 @@ def calibration_batches(cfg: Config, count: int) -> list[Tensor]:
 
 def error_table(trial: Trial) -> Table:
     """Every block, what is left unexplained of it, and whether the plan chooses it."""
-    table = Table(title='what is left unexplained of the blocks: 0 is reproduced, 1 is as if left out')
-    for column in ('stage', 'block', 'kind', 'parameters', 'unexplained', 'choice'):
-        table.add_column(column, justify='left' if column in ('stage', 'kind', 'choice') else 'right')
-    last = None
-    for row in trial.report.rows:
-        if last not in (None, row.chain):
-            table.add_section()
-        last = row.chain
-        table.add_row(row.chain, str(row.index), row.kind, f'{row.parameters:,}',
-                      f'{trial.errors[row.name]:.3f}' if row.name in trial.errors else '',
-                      '[bold]replace[/]' if row.replaced else f"can't be replaced: {row.reason}" if row.reason else '')
-    return table
+    return tabulate(trial.report.rows, 'what is left unexplained of the blocks: 0 is reproduced, 1 is as if left out',
+                    errors=trial.errors)
 
 
 def cost_line(trial: Trial) -> str:
