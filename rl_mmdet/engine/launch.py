@@ -12,10 +12,8 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from torch import nn
 from torch.distributed import DistBackendError
 
-from ..models.layouts import take_wrapped_
 from .errors import UserError, first_line, show
 from .reading import safe_reading
 
@@ -34,8 +32,6 @@ def build_runner(cfg: Config, texts: Iterable[str] = ()) -> Runner:
     if cfg.get('launcher') == 'pytorch' and not torch.cuda.is_available():
         _start_cpu_processes_(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    if isinstance(runner.model, nn.Module):  # other runners build it later
-        take_wrapped_(runner.model)
     for text in texts:
         runner.logger.info(text)
     return runner

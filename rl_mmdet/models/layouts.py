@@ -99,20 +99,6 @@ def add_layout_hook(module: nn.Module) -> None:
     module._register_load_state_dict_pre_hook(_translate_on_load, with_module=True)
 
 
-def take_wrapped_(model: nn.Module) -> None:
-    """Let ``model.load_state_dict`` also take the weights of a module that held it as ``model``, as Lightning's do."""
-    while isinstance(getattr(model, 'module', None), nn.Module):  # DDP, or test-time augmentation
-        model = model.module
-    if 'model' not in dict(model.named_children()):
-        model._register_load_state_dict_pre_hook(_unwrap_on_load)
-
-
-def _unwrap_on_load(state_dict: dict, prefix: str, *_: Any) -> None:
-    """The load hook: cuts ``model.`` off."""
-    for key in [key for key in state_dict if not prefix and key.startswith('model.')]:
-        state_dict[key.removeprefix('model.')] = state_dict.pop(key)
-
-
 @singledispatch
 def translates(module: nn.Module) -> bool:
     """Whether ``module`` loads its weights through :func:`own_layout`."""

@@ -9,7 +9,6 @@ from torch import nn
 from torch.distributed import is_initialized
 
 from ...folding.fold_norm import FoldingConv2d
-from ...models.layouts import take_wrapped_
 from ...models.timm_models import norms_with_more
 from ...replacement import computing_layers
 from ...replacement.start import LoadReport
@@ -38,11 +37,8 @@ def build_model(cfg: Config, allow_pickle: bool = False) -> nn.Module:
         raise UserError('config: it has no model')
     alone = cfg.get('launcher', 'none') == 'none' or is_initialized()  # else mmcv's SyncBN finds no group yet
     with safe_reading(allow_pickle):
-        model = built(cfg, 'model', lambda cfg: MODELS.build(cfg.model if alone else for_one_process(cfg.model)),
-                      must=True)
-    if 'runner_type' not in cfg:
-        take_wrapped_(model)  # as in the runner
-    return model
+        return built(cfg, 'model', lambda cfg: MODELS.build(cfg.model if alone else for_one_process(cfg.model)),
+                     must=True)
 
 
 def resume_checkpoint(cfg: Config) -> str | None:
