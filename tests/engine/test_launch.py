@@ -13,13 +13,11 @@ class Code:
 
 def test_no_file_runs_code_in_a_tool_unless_allowed(tmp_path):
     torch.save(Code(), tmp_path / 'file.pth')
-    found = []
 
     def read(args):
-        found.append(torch.load(tmp_path / 'file.pth', weights_only=False))
+        torch.load(tmp_path / 'file.pth', weights_only=False)
 
     engine.run_tool(read, Namespace(allow_pickle=True))
-    assert isinstance(found[0], Code)
     with pytest.raises(SystemExit):
         engine.run_tool(read, Namespace())
 

@@ -76,7 +76,7 @@ def test_dist_train_trains_in_two_processes_without_a_gpu(tiny_config, tmp_path)
     assert sum(key.endswith('.coeff') for key in state) == 5
 
 
-def test_train_stops_at_a_non_finite_loss_and_saves_nothing(run_tool, tiny_config):
+def test_train_stops_at_a_non_finite_loss_and_does_not_save_it(run_tool, tiny_config):
     config = tiny_config(more="optim_wrapper = dict(clip_grad=None, optimizer=dict(_delete_=True, type='SGD', "
                               "lr=1000))\nparam_scheduler = None\ndefault_hooks = dict(checkpoint=dict("
                               "by_epoch=False, interval=1))")
@@ -86,7 +86,9 @@ def test_train_stops_at_a_non_finite_loss_and_saves_nothing(run_tool, tiny_confi
     line = output.err.strip().splitlines()[-1]
     assert line.startswith('error: iteration ')
     assert 'nan' in line or 'inf' in line
-    for file in glob.glob('work/*.pth'):
+    files = glob.glob('work/*.pth')
+    assert files and f'work/iter_{line.split()[2].rstrip(":")}.pth' not in files
+    for file in files:
         state = torch.load(file, weights_only=False)['state_dict']
         assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
