@@ -1,6 +1,8 @@
 """What Replacement Learning would save of a backbone's training step, before anything is trained."""
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ from ..replacement import set_step_
 from ..replacement.flops import count_flops
 from ..replacement.saved_bytes import saved_bytes
 from .blocks import backbone_cfg
-from .cost import mean_over_steps, trainable_parameters
+from .cost import mean_over_steps, ratios_to, seconds_in_turn, trainable_parameters
 
 SIDE, WINDOWED = 64, 224
 """Side in pixels of the smallest image that is counted, and where there is attention: windows of patches divide it."""
@@ -113,6 +115,36 @@ def step_cost(cfg: Config, settings: Mapping[str, Any], size: Sequence[int], bat
         return _step_cost(_build(cfg, settings), size, batch)
 
 
+def step_ratios(cfgs: Sequence[Config], size: Sequence[int], batch: int) -> list[float]:
+    """How long training steps of the configs' backbones take on this machine, over the first one's.
+
+    Arguments as in :func:`step_cost`. Steps are taken in turn in one process; the median of nine turns.
+    """
+    with nothing_global():
+        steps = {number: _numbered(_build(cfg, own_settings(cfg)), torch.rand(batch, 3, *size))
+                 for number, cfg in enumerate(cfgs)}
+        ratios = ratios_to(seconds_in_turn(steps, rounds=9, per_round=1), 0)
+    return [median(ratios[number]) for number in steps]
+
+
+def _numbered(backbone: nn.Module, images: Tensor) -> Callable[[], None]:
+    """A function that makes the training's next step whenever it is called."""
+    numbers = count()
+    backbone.train()
+
+    def step() -> None:
+        set_step_(backbone, next(numbers))
+        _train(backbone, images)
+    return step
+
+
+def _train(backbone: nn.Module, images: Tensor) -> None:
+    """A forward and a backward run of a backbone."""
+    outputs = [out for out in tree_flatten(backbone(images))[0] if isinstance(out, Tensor) and out.requires_grad]
+    torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
+    backbone.zero_grad()
+
+
 def _step_cost(backbone: nn.Module, size: Sequence[int], batch: int) -> StepCost:
     """The cost of a backbone's training step."""
     backbone.train()
@@ -167,13 +199,7 @@ def _build(cfg: Config, settings: Mapping[str, Any]) -> nn.Module:
 def _counts(backbone: nn.Module, size: tuple[int, int]) -> tuple[float, int]:
     """FLOPs of a step on one image, the mean over steps, and bytes kept for backward."""
     image = torch.zeros(1, 3, *size)
-
-    def step() -> None:
-        outputs = [out for out in tree_flatten(backbone(image))[0] if isinstance(out, Tensor) and out.requires_grad]
-        torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
-        backbone.zero_grad()
-
-    flops = mean_over_steps(backbone, lambda: count_flops(step))
+    flops = mean_over_steps(backbone, lambda: count_flops(lambda: _train(backbone, image)))
     set_step_(backbone, 0)
     return flops, saved_bytes(backbone, lambda: backbone(image))
 

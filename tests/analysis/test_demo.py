@@ -13,5 +13,6 @@ def test_its_summary_tells_what_each_costs_in_80_columns(monkeypatch, tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     rows = [line.replace('│', '').split() for line in lines if line.startswith('│')]
-    assert [row[:4] for row in rows] == [['baseline', '1.00', '1.00', '1.00'], ['RL-v1', '0.65', '1.00', '1.00'],
+    assert [row[:4] for row in rows] == [['baseline', '1.00', '1.00', '1.00'], ['RL-v1', '0.65', '1.00', '1.01'],
                                          ['RL-v2', '0.65', '0.73', '0.80']]
+    assert rows[0][4] == '1.00' and all(0.2 < float(row[4]) < 5 for row in rows)
