@@ -1,13 +1,15 @@
 """RL-v2: a thin copy of the block."""
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..._torch_compat import is_compiling
 from ..block_structure import branch, convolutions, mlp, same_padding
 from ..checks import check_number
 from ..registry import OPERATORS
@@ -77,7 +79,7 @@ class SlimBlock(LightOperator):
 
     def weights(self, template: nn.Module, tensors: dict[str, Tensor],
                 parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        *hidden, last = _with_lengths(tensors.values(), math.sqrt(2)) if template.unit_length else tensors.values()
+        *hidden, last = _with_lengths(*tensors.values()) if template.unit_length else tensors.values()
         scaled = parameters['scale'].view(-1, *[1] * (last.ndim - 1)) * last
         return dict(zip(template.slots, [*hidden, scaled], strict=True))
 
@@ -154,21 +156,47 @@ def _part(channels: int, width: float, unit: int = 1) -> int:
     return min(channels, max(1, round(channels * width / unit)) * unit)
 
 
-def _with_lengths(weights: Iterable[Tensor], hidden: float) -> list[Tensor]:
-    """Weights with each output channel's part brought to length ``hidden``, and to 1 in the last of them."""
-    weights = list(weights)
-    if torch.is_grad_enabled():
-        return [_unit_length(weight) * hidden for weight in weights[:-1]] + [_unit_length(weights[-1])]
-    norms = [torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True) for weight in weights]
-    torch._foreach_clamp_min_(norms, _tiny_of(weights[0]))
-    weights = torch._foreach_div(weights, norms)
-    torch._foreach_mul_(weights[:-1], hidden)
-    return weights
+def _with_lengths(*weights: Tensor) -> Sequence[Tensor]:
+    """Weights with each output channel's part brought to length √2, in the last of them to 1; zeros stay zeros."""
+    if not (is_compiling() or torch.jit.is_tracing()):
+        return _Lengths.apply(*weights)
+    *hidden, last = (F.normalize(weight.flatten(1), dim=1, eps=_tiny_of(weight)).view_as(weight) for weight in weights)
+    return [*(math.sqrt(2) * weight for weight in hidden), last]
 
 
-def _unit_length(weight: Tensor) -> Tensor:
-    """Each output channel's part brought to length 1; zeros stay zeros, in half precision, too."""
-    return F.normalize(weight.flatten(1), dim=1, eps=_tiny_of(weight)).view_as(weight)
+class _Lengths(torch.autograd.Function):
+    r"""What :func:`_with_lengths` says, for all of a block's weights in a third of ``F.normalize``'s calls.
+
+    .. math:: \hat w = l\,\frac{w}{‖w‖}, \qquad \frac{∂L}{∂w} = \frac{l}{‖w‖}
+        \Bigl(g - \hat w\,\frac{⟨\hat w, g⟩}{l^2}\Bigr), \qquad g = \frac{∂L}{∂\hat w}
+
+    with the length l. A compiler makes few kernels of ``F.normalize`` by itself; it and exporters don't know this one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        norms = [torch.linalg.vector_norm(weight, dim=_inner(weight), keepdim=True) for weight in weights]
+        torch._foreach_clamp_min_(norms, _tiny_of(weights[0]))
+        torch._foreach_div_(norms[:-1], math.sqrt(2))
+        made = torch._foreach_div(weights, norms)
+        ctx.save_for_backward(*made, *norms)
+        return tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        saved = ctx.saved_tensors
+        made, norms = saved[:len(grads)], saved[len(grads):]
+        along = [product.sum(_inner(product), keepdim=True) for product in torch._foreach_mul(made, grads)]
+        torch._foreach_div_(along[:-1], 2)
+        found = torch._foreach_sub(grads, torch._foreach_mul(made, along))
+        torch._foreach_div_(found, norms)
+        return tuple(found)
+
+
+def _inner(weight: Tensor) -> tuple[int, ...]:
+    """All dimensions but that of the output channels."""
+    return tuple(range(1, weight.ndim))
 
 
 def _tiny_of(weight: Tensor) -> float:

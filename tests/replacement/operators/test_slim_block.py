@@ -38,6 +38,22 @@ def test_equation_of_convolutions(build, fused, unit, make, channels, convs, hid
     assert [type(module) for module in materialize(net).blocks[1].convs] == [nn.Conv2d] * convs
 
 
+@pytest.mark.parametrize('make', [lambda: BasicBlock(8, 8), lambda: Bottleneck(16, 4), RESNEXT])
+def test_gradients_through_the_lengths_are_those_of_normalize(make):
+    operator, template = SlimBlock(width=0.5), SlimBlock(width=0.5).template(make())
+    given = [torch.randn(weight.shape, dtype=torch.float64) for weight in template.parameters()]
+    given[0][0] = 0  # a channel without weights
+    scale = torch.randn(given[-1].shape[0], dtype=torch.float64)
+    weights = [weight.requires_grad_() for weight in (*given, scale)]
+    made = list(operator.weights(template, dict(enumerate(given)), dict(scale=scale)).values())
+    *hidden, last = (F.normalize(weight.flatten(1), dim=1, eps=1e-19).view_as(weight) for weight in given)
+    expected = [2 ** 0.5 * weight for weight in hidden] + [scale.view(-1, 1, 1, 1) * last]
+    grads = [torch.randn_like(weight) for weight in made]
+    for mine, others in ((made, expected), *[[torch.autograd.grad(each, weights, grads) for each in (made, expected)]]):
+        for one, other in zip(mine, others, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(('make', 'shape', 'args', 'fc1', 'fc2', 'hidden'), [
     (lambda: Block(8, 2, init_values=0.1), (2, 5, 8), (), 'mlp.fc1', 'mlp.fc2', 16),
     (lambda: SwinBlock(8, 2, 16, window_size=2), (2, 16, 8), ((4, 4),), 'ffn.layers.0.0', 'ffn.layers.1', 8),
