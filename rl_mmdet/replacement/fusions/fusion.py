@@ -1,7 +1,12 @@
 """What all fusions share: mixtures of the two neighbours' tensors with learnable factors."""
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ..._torch_compat import is_compiling
 from ..checks import check_number
 from ..resize import Shape
 
@@ -71,13 +76,12 @@ def _mix(factors: dict[str, Pair], pairs: dict[str, Pair]) -> dict[str, Tensor]:
     """a·before + b·after for every tensor; of a tensor that only one side has, that one's term."""
     # not "None in pair", which would ask tensors whether they equal None: that takes longer than to multiply them
     whole = [name for name, (before, after) in pairs.items() if before is not None and after is not None]
-    if torch.is_grad_enabled() or not whole:  # torch has no gradient for factors of its calls for several tensors
+    if is_compiling() or torch.jit.is_tracing() or not whole:  # compilers and exporters take the equation as it is
         made = {name: factors[name][0] * pairs[name][0] + factors[name][1] * pairs[name][1] for name in whole}
     else:
-        before, after = (_multiplied([pairs[name][side] for name in whole], [factors[name][side] for name in whole])
-                         for side in (0, 1))
-        torch._foreach_add_(before, after)
-        made = dict(zip(whole, before, strict=True))
+        before, after = ([pairs[name][side] for name in whole] for side in (0, 1))
+        a, b = (_once([factors[name][side] for name in whole]) for side in (0, 1))
+        made = dict(zip(whole, _Mixtures.apply(len(whole), *before, *after, *a, *b), strict=True))
     for name, pair in pairs.items():
         if name not in made:
             made[name] = next(factor * tensor for factor, tensor in zip(factors[name], pair, strict=True)
@@ -85,7 +89,54 @@ def _mix(factors: dict[str, Pair], pairs: dict[str, Pair]) -> dict[str, Tensor]:
     return {name: made[name] for name in pairs}
 
 
-def _multiplied(tensors: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+def _once(factors: list[Tensor]) -> list[Tensor]:
+    """The factors of several tensors; the one number that all have stands there once."""
+    return factors[:1] if not factors[0].ndim and all(factor is factors[0] for factor in factors) else factors
+
+
+class _Mixtures(torch.autograd.Function):
+    r""":math:`a·θ_p + b·θ_n` for several tensors, in a few calls for all of them; torch's own have no such gradient.
+
+    .. math:: \frac{∂L}{∂θ_p} = a\,g, \qquad \frac{∂L}{∂a} = \sum g\,θ_p, \qquad g = \frac{∂L}{∂(aθ_p + bθ_n)}
+
+    and likewise for b and θ_n; the sum is over what a stands for, all tensors where they have the same one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        (before, a), (after, b) = _sides(count, tensors)
+        made = _multiplied(before, a)
+        torch._foreach_add_(made, _multiplied(after, b))
+        return tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sides = _sides(len(grads), ctx.saved_tensors)
+        wanted = _sides(len(grads), ctx.needs_input_grad[1:])
+        of_tensors, of_factors = [], []
+        for (tensors, factors), (tensors_wanted, factors_wanted) in zip(sides, wanted, strict=True):
+            of_tensors += _multiplied(grads, factors) if any(tensors_wanted) else [None] * len(grads)
+            of_factors += _summed(torch._foreach_mul(grads, tensors), factors) if any(factors_wanted) else [
+                None] * len(factors)
+        return None, *of_tensors, *of_factors
+
+
+def _sides(count: int, items: Sequence) -> tuple[tuple[Sequence, Sequence], tuple[Sequence, Sequence]]:
+    """What is of the neighbours before, and after: of their tensors, and of the factors of these."""
+    factors = items[2 * count:]
+    half = len(factors) // 2
+    return (items[:count], factors[:half]), (items[count:2 * count], factors[half:])
+
+
+def _multiplied(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor times its factor; where all have the same one, CUDA does it in one launch."""
-    same = not factors[0].ndim and all(factor is factors[0] for factor in factors)
-    return torch._foreach_mul(tensors, factors[0] if same else factors)
+    return list(torch._foreach_mul(tensors, factors if len(factors) > 1 or factors[0].ndim else factors[0]))
+
+
+def _summed(products: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The products' sums over what each factor multiplies."""
+    if len(factors) < len(products):
+        return [torch.stack([product.sum() for product in products]).sum()]
+    return [product.sum_to_size(factor.shape) for product, factor in zip(products, factors, strict=True)]
