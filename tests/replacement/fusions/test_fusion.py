@@ -1,6 +1,7 @@
 """What all fusions share: where they start, that gradients are right, and what is refused."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rl_mmdet.replacement import computing_layers, replace_blocks_
 from rl_mmdet.replacement.fusions import ScalarFusion, TransformFusion
@@ -44,6 +45,33 @@ def test_gradients_of_parameters_and_neighbours(pairs_of, start_of, fusion, one_
         return tuple(fusion.fuse(parameters, {n: (of.get((n, 0)), of.get((n, 1))) for n in pairs}).values())
 
     assert torch.autograd.gradcheck(fused, [value.requires_grad_() for value in given], fast_mode=True)
+
+
+class Calls(TorchDispatchMode):
+    """The operations that are called, views included."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_tensors_take_hardly_more_calls():
+    """Each is a launch on a GPU. In backward every tensor has a sum of its own, for each of a and b."""
+    def called(count):
+        sides = [[torch.randn(3, 3, requires_grad=True) for _ in range(count)] for _ in range(2)]
+        pairs = {f'{number}.weight': pair for number, pair in enumerate(zip(*sides, strict=True))}
+        with Calls() as calls:
+            made = ScalarFusion().fuse(dict(coeff=torch.full((2,), 0.5, requires_grad=True)), pairs)
+            forward = len(calls.names)
+            torch.autograd.backward(list(made.values()), [torch.ones(3, 3)] * count)
+        return forward, len(calls.names) - forward
+    (forward, backward), (more_forward, more_backward) = called(2), called(9)
+    assert more_forward == forward
+    assert more_backward - backward <= 2 * 7 * 2  # a sum, and a detach of what becomes .grad, for each of both sides
 
 
 @every_fusion
