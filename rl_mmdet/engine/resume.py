@@ -1,7 +1,8 @@
 """Which checkpoint a run goes on from, and whether its work dir is free for a new one."""
 import os.path as osp
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,27 @@ def own_checkpoints(cfg: Config) -> list[Path]:
 def checkpoints_in(work_dir: str | Path, *more: str | Path) -> list[Path]:
     """The checkpoints that a training has saved in its work dir and in more folders, newest first, without best ones.
 
-    First comes the one that ``last_checkpoint`` names, wherever the folder was moved, then the others by their time.
-    Where there are none, it is the one that is named.
+    Of several with the same kind of name the higher number is newer, also where a copied folder has new times; but what
+    is older than the one that ``last_checkpoint`` names is from before somebody went back, and comes last. Where there
+    are none, it is the one that is named.
     """
     marker = Path(work_dir, LAST)
     named = Path(marker.read_text().strip()) if marker.is_file() else Path()
-    kinds = {_kind(name) for name in ('epoch_1.pth', 'iter_1.pth', INTERRUPTED, named.name)} - {''}
-    found = [path for folder in (work_dir, *more) for path in Path(folder).glob('*') if _kind(path.name) in kinds]
-    return sorted(found, key=lambda path: (path.name == named.name, path.stat().st_mtime, path.name),
-                  reverse=True) or [named] * named.is_file()
+    kinds = {_kind(name) for name in ('epoch_1.pth', 'iter_1.pth', INTERRUPTED, *[named.name] * bool(named.name))}
+    series = defaultdict(list)
+    for path in (each for folder in (work_dir, *more) for each in Path(folder).glob('*')):
+        if _kind(path.name) in kinds:
+            series[_kind(path.name)].append((int(''.join(re.findall(r'\d+', path.name)[-1:]) or 0), path))
+    ordered = sorted(series.values(), key=lambda each: max(path.stat().st_mtime for _, path in each), reverse=True)
+    left = _left_behind(series.get(_kind(named.name), ()), named.name)
+    return [path for each in ordered for _, path in sorted(
+        each, key=lambda entry: (entry[1] not in left, *entry), reverse=True)] or [named] * named.is_file()
+
+
+def _left_behind(entries: Iterable[tuple[int, Path]], name: str) -> set[Path]:
+    """Those of higher numbers than the one of this name that are older: somebody has gone back behind them."""
+    last = next(((number, path.stat().st_mtime) for number, path in entries if path.name == name), None)
+    return {path for number, path in entries if last and number > last[0] and path.stat().st_mtime < last[1]}
 
 
 def _kind(name: str) -> str:

@@ -147,25 +147,24 @@ def resumed(folder, given='auto', **settings):
     return cfg, texts
 
 
-def test_the_newest_checkpoint_is_the_one_that_is_named_and_else_by_time(work):
+def test_the_newest_checkpoint_is_found_whatever_became_of_its_marker(work, tmp_path):
     (work / 'backbone.pth').write_text('not of this training')
     (work / 'best_coco_bbox_mAP_epoch_9.pth').write_text('without an optimizer')
-    for text in (f'{work}/epoch_3.pth', 'elsewhere/epoch_3.pth', '', 'elsewhere/epoch_4.pth', None):
+    for text in (f'{work}/epoch_3.pth', '', f'{work}/epoch_1.pth', None):
         (work / 'last_checkpoint').unlink() if text is None else (work / 'last_checkpoint').write_text(text)
         assert resumed(work)[0].load_from == str(work / 'epoch_3.pth')
+    os.utime(work / 'epoch_1.pth')  # a copy has new times
+    assert resumed(work)[0].load_from == str(work / 'epoch_3.pth')
     shutil.copy(work / 'epoch_1.pth', work / 'interrupted.pth')
     assert resumed(work)[0].load_from == str(work / 'interrupted.pth')
-    (work / 'last_checkpoint').write_text(f'{work}/epoch_3.pth')  # a copied folder has new times
-    assert [path.name for path in checkpoints_in(work)] == [
-        'epoch_3.pth', 'interrupted.pth', 'epoch_2.pth', 'epoch_1.pth']
 
 
 def test_who_has_gone_back_goes_on_from_there(work):
     for number, time in ((1, 10), (2, 40), (3, 30)):  # saved 1 to 3, went back to 1, saved 2 again
         os.utime(work / f'epoch_{number}.pth', (time, time))
-    for text in (f'{work}/epoch_2.pth', ''):
-        (work / 'last_checkpoint').write_text(text)
-        assert resumed(work)[0].load_from == str(work / 'epoch_2.pth')
+    assert resumed(work)[0].load_from == str(work / 'epoch_3.pth')
+    (work / 'last_checkpoint').write_text('elsewhere/epoch_2.pth')
+    assert [path.name for path in checkpoints_in(work)] == ['epoch_2.pth', 'epoch_1.pth', 'epoch_3.pth']
 
 
 def test_with_workers_an_iteration_based_training_counts_its_own_passes_over_the_data():
