@@ -18,6 +18,11 @@ else:
     from torch._dynamo.external_utils import is_compiling  # noqa: F401
 
 
+def is_recorded() -> bool:
+    """Whether operations are recorded by a compiler or an exporter, which take each as it is written."""
+    return is_compiling() or torch.jit.is_tracing()
+
+
 def other_ways_forward(cls: type[nn.Module]) -> list[str]:
     """Methods besides ``forward`` by which a backbone runs modules of this class, such as ``rfp_forward``."""
     return [name for name in dir(cls) if name.endswith('_forward') and not name.startswith('_')]

@@ -180,8 +180,8 @@ def _base_batch(cfg: Config, base: str) -> int | None:
 
     The name goes first: MMDetection's RTMDet inherits a number for another learning rate.
     """
-    named = re.search(r'_(\d+)xb(\d+)[-_.]', osp.basename(base))
-    return int(named[1]) * int(named[2]) if named else (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+    found = re.search(r'_(\d+)xb(\d+)[-_.]', osp.basename(base))
+    return int(found[1]) * int(found[2]) if found else (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
 
 
 def _set_schedule_(cfg: Config, images: int, base: str) -> tuple[list[str], int | None]:
@@ -201,7 +201,7 @@ def _set_schedule_(cfg: Config, images: int, base: str) -> tuple[list[str], int 
                        f'{optimizer.lr * scale:.6g} for {batch}; on several GPUs add --auto-scale-lr')
         for node, key in ((optimizer, 'lr'), *((each, 'eta_min') for each in schedulers if each.get('eta_min'))):
             node[key] = float(f'{node[key] * scale:.6g}')
-        cfg.auto_scale_lr = dict(enable=False, base_batch_size=batch)
+        cfg.auto_scale_lr = dict(cfg.get('auto_scale_lr') or dict(enable=False), base_batch_size=batch)
     else:
         remarks.append(f'learning rate {optimizer.lr:g} and {batch} images a step are the base\'s')
     if 'max_epochs' not in cfg.train_cfg:

@@ -275,9 +275,7 @@ class ComputingLayer(nn.Module):
             return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
         compiling = is_compiling()  # then the compiler decides what is kept
         if not compiling and torch.jit.is_tracing():
-            with torch.enable_grad():  # operations that every exporter knows
-                weights = self.weights()
-            return self._run_template(weights, method, *args, **kwargs)
+            return self._run_template(self.weights(), method, *args, **kwargs)
         factor = self.gradient.factor(self.turn)
         if self.operator.repeatable:  # its weights are few, so they are made once and kept
             run = partial(self._run_template, self.weights(factor), method)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._torch_compat import is_compiling
+from ..._torch_compat import is_recorded
 from ..checks import check_number
 from ..resize import Shape
 
@@ -76,7 +76,7 @@ def _mix(factors: dict[str, Pair], pairs: dict[str, Pair]) -> dict[str, Tensor]:
     """a·before + b·after for every tensor; of a tensor that only one side has, that one's term."""
     # not "None in pair", which would ask tensors whether they equal None: that takes longer than to multiply them
     whole = [name for name, (before, after) in pairs.items() if before is not None and after is not None]
-    if is_compiling() or torch.jit.is_tracing() or not whole:  # compilers and exporters take the equation as it is
+    if is_recorded() or not whole:
         made = {name: factors[name][0] * pairs[name][0] + factors[name][1] * pairs[name][1] for name in whole}
     else:
         before, after = ([pairs[name][side] for name in whole] for side in (0, 1))

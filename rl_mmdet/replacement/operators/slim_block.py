@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..._torch_compat import is_compiling
+from ..._torch_compat import is_recorded
 from ..block_structure import branch, convolutions, mlp, same_padding
 from ..checks import check_number
 from ..registry import OPERATORS
@@ -158,7 +158,7 @@ def _part(channels: int, width: float, unit: int = 1) -> int:
 
 def _with_lengths(*weights: Tensor) -> Sequence[Tensor]:
     """Weights with each output channel's part brought to length √2, in the last of them to 1; zeros stay zeros."""
-    if not (is_compiling() or torch.jit.is_tracing()):
+    if not is_recorded():
         return _Lengths.apply(*weights)
     *hidden, last = (F.normalize(weight.flatten(1), dim=1, eps=_tiny_of(weight)).view_as(weight) for weight in weights)
     return [*(math.sqrt(2) * weight for weight in hidden), last]
