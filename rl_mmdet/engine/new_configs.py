@@ -229,9 +229,9 @@ def _replaced(baseline: Config, steps: int | None) -> Config:
     recipes: list[dict[str, Any]] = [dict(COUPLED, operator=LIGHT), COUPLED]
     if type_name(backbone.get('init_cfg')) == 'Pretrained' or baseline.get('load_from'):
         recipes = [dict(TO_FIT, start=dict(type='FitOutputs', fade=min(1000, (steps or STEPS) // 2))), {}]
-    fold = dict(fold_norm=True) if backbone.get('norm_eval') else {}
+    folds: list[dict[str, Any]] = [dict(fold_norm=True), {}] if backbone.get('norm_eval') else [{}]
     build_model(Config(for_one_process(deepcopy(baseline)._cfg_dict)))  # what is wrong with the base itself
-    for settings, k in product(recipes, (4, 2)):  # short stages have no 4th block
+    for fold, settings, k in product(folds, recipes, (4, 2)):  # short stages have no 4th block
         cfg = deepcopy(baseline)
         add_import_(cfg)
         cfg.model.backbone.update(rl_type, replacement=dict(plan=dict(type='EveryKth', k=k), **settings), **fold)

@@ -76,6 +76,7 @@ def test_the_learning_rate_is_for_the_images_in_the_bases_name_or_in_its_auto_sc
 @pytest.mark.parametrize(('base', 'heads'), [
     ('cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py', 3),
     ('yolox/yolox_s_8xb8-300e_coco.py', 1),
+    ('detectors/detectors_cascade-rcnn_r50_1x_coco.py', 3),  # has no norm to fold
 ])
 def test_every_head_gets_the_classes_and_another_backbone_its_replacement(write, base, heads):
     new = write_new_configs(f'mmdet::{base}', write('train', coco(4)), write('val', coco(4)))
